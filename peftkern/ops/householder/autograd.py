@@ -1,0 +1,115 @@
+"""Differentiable forms of the `householder` operations.
+
+Forward and backward are operations of `torch.ops.peftkern`. When a backward is itself differentiated (create_graph)
+it is taken from the reference formulas, which torch can differentiate again; nothing is dropped.
+"""
+
+import torch
+
+from peftkern.ops import _transforms
+from peftkern.ops.householder import reference
+
+_ops = torch.ops.peftkern
+
+
+class WYFactor(torch.autograd.Function):
+    """V [K, r] -> T [r, r] float64."""
+
+    @staticmethod
+    def forward(ctx, V):
+        T = _ops.wy_factor(V)
+        ctx.save_for_backward(V, T)
+        return T
+
+    @staticmethod
+    def backward(ctx, dT):
+        V, T = ctx.saved_tensors
+        if _transforms.differentiating_twice():
+            return reference.wy_factor_backward(dT, V, reference.wy_factor(V))
+        return _ops.wy_factor_backward(dT.contiguous(), V, T)
+
+
+class Rotate(torch.autograd.Function):
+    """z = x H^T (x H when reversed); saves x, V, T and the projection x V [M, r]."""
+
+    @staticmethod
+    def forward(ctx, x, V, T, reverse):
+        z, P = _ops.rotate(x, V, T, reverse)
+        ctx.save_for_backward(x, V, T, P)
+        ctx.reverse = reverse
+        return z
+
+    @staticmethod
+    def backward(ctx, dz):
+        x, V, T, P = ctx.saved_tensors
+        return *_rotate_backward(dz, x, V, T, P, ctx.reverse, ctx.needs_input_grad), None
+
+
+def _rotate_backward(dz, x, V, T, P, reverse, needs_input_grad):
+    mask = (needs_input_grad[0], needs_input_grad[1] or needs_input_grad[2])
+    if _transforms.differentiating_twice():
+        P = reference.project(x, V)
+        dx, dV, dT = reference.rotate_backward(dz, x, P, V, T, reverse, mask)
+    else:
+        dx, dV, dT = _ops.rotate_backward(dz, x, P, V, T, reverse, mask)
+    return dx if mask[0] else None, dV if mask[1] else None, dT if mask[1] else None
+
+
+class RotatedLinear(torch.autograd.Function):
+    """y = x H^T W^T + b in one accumulator; saves x, W, V, T and x V, nothing of the size of W beside W itself."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, V, T):
+        y, P = _ops.rotated_linear(x, weight, bias, V, T)
+        ctx.save_for_backward(x, weight, V, T, P)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, V, T, P = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_V, need_T = ctx.needs_input_grad
+        dx = dV = dT = dweight = dbias = None
+        if need_x or need_V or need_T:
+            dz = dy.matmul(weight)
+            dx, dV, dT = _rotate_backward(dz, x, V, T, P, False, (need_x, need_V, need_T))
+        if need_weight:
+            rotate = reference.rotate if _transforms.differentiating_twice() else _ops.rotate
+            z = rotate(x, V, T, False)[0]
+            dweight = dy.reshape(-1, dy.shape[-1]).mT @ z.reshape(-1, z.shape[-1])
+        if need_bias:
+            dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
+        return dx, dweight, dbias, dV, dT
+
+
+class Project(torch.autograd.Function):
+    """P = x V [M, r]."""
+
+    @staticmethod
+    def forward(ctx, x, V):
+        ctx.save_for_backward(x, V)
+        return _ops.project(x, V)
+
+    @staticmethod
+    def backward(ctx, dP):
+        x, V = ctx.saved_tensors
+        mask = ctx.needs_input_grad
+        backward = reference.project_backward if _transforms.differentiating_twice() else _ops.project_backward
+        dx, dV = backward(dP, x, V, mask)
+        return dx if mask[0] else None, dV if mask[1] else None
+
+
+class Penalty(torch.autograd.Function):
+    """||I - U^T U||_F^2 (or its root) over the unit columns of V."""
+
+    @staticmethod
+    def forward(ctx, V, squared):
+        ctx.save_for_backward(V)
+        ctx.squared = squared
+        return _ops.orthogonality_penalty(V, squared)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (V,) = ctx.saved_tensors
+        if _transforms.differentiating_twice():
+            return reference.orthogonality_penalty_backward(grad, V, ctx.squared), None
+        return _ops.orthogonality_penalty_backward(grad, V, ctx.squared), None

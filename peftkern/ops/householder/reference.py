@@ -1,0 +1,123 @@
+"""Reference backend of the `householder` operations: plain torch, any device, differentiable when called directly.
+
+    A = striu(V^T V) + diag(||v||^2 / 2),  T = A^-1,  H = H_0 ... H_{r-1} = I - V T V^T     (README.md, eq. 1 to 3)
+
+Half-precision rows are computed in V's dtype and rounded once, at the end.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def _core(T, reverse):
+    """The matrix C of z = x - (x V) C V^T."""
+    return T if reverse else T.mT
+
+
+def wy_factor(V):
+    """V [K, r] -> T [r, r] float64, upper triangular; a zero column gives a zero row and column: the identity."""
+    G = V.double().mT @ V.double()
+    norms = G.diagonal()
+    zero = (norms == 0).to(G.dtype)
+    A = torch.triu(G, 1) + torch.diag_embed(norms / 2 + zero)
+    T = torch.linalg.solve_triangular(A, torch.eye(len(A), dtype=A.dtype, device=A.device), upper=True)
+    return T - torch.diag_embed(zero)
+
+
+def wy_factor_backward(dT, V, T):
+    """dA = -T^T dT T^T on the upper triangle; dV = V (U + U^T + diag(dA)), U = striu(dA)."""
+    dA = torch.triu(-T.mT @ dT @ T.mT)
+    dG = dA + torch.triu(dA, 1).mT
+    return V @ dG.to(V.dtype)
+
+
+def rotate(x, V, T, reverse):
+    """z = x - P C V^T with P = x V [M, r] and C = T^T (T when reversed); z like x, P in V's dtype."""
+    rows = x.reshape(-1, x.shape[-1]).to(V.dtype)
+    P = rows @ V
+    z = torch.addmm(rows, P @ _core(T, reverse).to(V.dtype), V.mT, alpha=-1)
+    return z.to(x.dtype).reshape(x.shape), P
+
+
+def rotate_backward(dz, x, P, V, T, reverse, output_mask):
+    """With S = P C, Q = dz V, R = Q C^T:  dx = dz - R V^T,  dV = -dz^T S - x^T R,  dC = -P^T Q."""
+    want_dx, want_dV = output_mask
+    dz_rows = dz.reshape(-1, dz.shape[-1]).to(V.dtype)
+    C = _core(T, reverse).to(V.dtype)
+    Q = dz_rows @ V
+    R = Q @ C.mT
+    dx = torch.addmm(dz_rows, R, V.mT, alpha=-1).to(dz.dtype).reshape(dz.shape) if want_dx else dz.new_empty(0)
+    if not want_dV:
+        return dx, V.new_empty(0), T.new_empty(0)
+    x_rows = x.reshape(-1, x.shape[-1]).to(V.dtype)
+    dV = -(dz_rows.mT @ (P @ C)) - x_rows.mT @ R
+    dT = -(P.mT @ Q) if reverse else -(Q.mT @ P)
+    return dx, dV, dT.double()
+
+
+def pair_basis(V, T, reverse):
+    """(Vp, Cp) with V C V^T = Vp Cp Vp^T, columns paired as Vp = [(v0 + v1) / 2, v0 - v1, ...] (README.md, eq. 9).
+
+    HRA starts from equal pairs whose products cancel. In this basis the cancellation happens in float64, inside the
+    r x r matrix, and Vp and Cp can be rounded to half precision without losing the update.
+    """
+    r = V.shape[1]
+    even = r - r % 2
+    v0, v1 = V[:, 0:even:2], V[:, 1:even:2]
+    Vp = torch.stack(((v0 + v1) / 2, v0 - v1), dim=2).flatten(1)
+    Vp = torch.cat((Vp, V[:, even:]), dim=1)
+    basis = torch.eye(r, dtype=T.dtype, device=T.device)
+    pair = torch.tensor([[1.0, 0.5], [1.0, -0.5]], dtype=T.dtype, device=T.device)
+    for i in range(0, even, 2):
+        basis[i : i + 2, i : i + 2] = pair.mT
+    return Vp, basis @ _core(T, reverse) @ basis.mT
+
+
+def rotated_linear(x, weight, bias, V, T):
+    """y = x H^T W^T + b with one accumulator and one rounding: [x, x Vp Cp] [W, -W Vp]^T (README.md, eq. 10)."""
+    rows = x.reshape(-1, x.shape[-1])
+    Vp, Cp = pair_basis(V, T, reverse=False)
+    pad = -V.shape[1] % 32
+    S = F.pad((rows.to(V.dtype) @ Vp @ Cp.to(V.dtype)).to(x.dtype), (0, pad))
+    WV = F.pad((weight.to(V.dtype) @ Vp).to(x.dtype), (0, pad))
+    y = F.linear(torch.cat((rows, S), 1), torch.cat((weight, -WV), 1), bias)
+    return y.reshape(*x.shape[:-1], weight.shape[0]), rows.to(V.dtype) @ V
+
+
+def project(x, V):
+    """P = x V [M, r] in V's dtype."""
+    return x.reshape(-1, x.shape[-1]).to(V.dtype) @ V
+
+
+def project_backward(dP, x, V, output_mask):
+    """dx = dP V^T in x's dtype, dV = x^T dP in V's dtype."""
+    want_dx, want_dV = output_mask
+    dx = (dP @ V.mT).to(x.dtype).reshape(x.shape) if want_dx else x.new_empty(0)
+    return dx, x.reshape(-1, x.shape[-1]).to(V.dtype).mT @ dP if want_dV else V.new_empty(0)
+
+
+def _cosines(V):
+    """1 / ||v_j|| (0 for a zero column) and the off-diagonal cosines, float64."""
+    G = V.double().mT @ V.double()
+    norms = G.diagonal().sqrt()
+    scale = torch.where(norms > 0, 1 / norms.clamp_min(torch.finfo(G.dtype).tiny), torch.zeros_like(norms))
+    C = G * scale * scale[:, None]
+    return scale, C - torch.diag_embed(C.diagonal())
+
+
+def orthogonality_penalty(V, squared):
+    """||I - U^T U||_F^2 over the unit columns U of V (its root unless squared); zero columns count nothing."""
+    total = _cosines(V)[1].square().sum()
+    return (total if squared else total.sqrt()).to(V.dtype)
+
+
+def orthogonality_penalty_backward(grad, V, squared):
+    """dV = 4 g V D (C - diag(sum_i C_ij^2)) D with D = 1 / ||v||, C off-diagonal; the root divides by 2 sqrt."""
+    scale, C = _cosines(V)
+    squares = C.square().sum(0)
+    factor = 4 * grad.double()
+    if not squared:
+        root = squares.sum().sqrt()
+        factor = torch.where(root > 0, factor / (2 * root.clamp_min(torch.finfo(C.dtype).tiny)), factor * 0)
+    M = factor * (C - torch.diag_embed(squares)) * scale * scale[:, None]
+    return V @ M.to(V.dtype)
