@@ -148,7 +148,7 @@ def first_error(log):
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     for i, line in enumerate(lines):
         if line.startswith("CMake Error"):
-            return " ".join(lines[i : i + 3])
+            return " ".join(lines[i + 1 : i + 3])
         if re.search(r"\b(fatal|error|Error|undefined reference|Killed)\b", line):
             return line
     return lines[-1] if lines else "it said nothing"
