@@ -1,0 +1,178 @@
+"""What a layer with HRA adapters computes: which precision serves, which dtype, and one cache for decoding.
+
+The layers of `peftkern.nn` and the drop-ins for PEFT call these functions and hold no arithmetic of their own. A chain
+is a list of (u [K, r], apply_gs) in the order in which PEFT multiplies: W' = W H_1 H_2 ...
+"""
+
+import torch
+import torch.nn.functional as F
+from torch.nn.modules import module as _module
+
+from peftkern.ops import _transforms
+from peftkern.ops import householder as hh
+from peftkern.ops.householder import autograd, reference
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def readable_weight(base_layer, layer_type=torch.nn.Linear):
+    """Whether an `exact` layer may read the base weight and skip the base layer's own forward.
+
+    Returns:
+        (weight, None), or (None, reason): a clause such as "the base layer has hooks".
+    """
+    if type(base_layer).forward is not layer_type.forward or "forward" in base_layer.__dict__:
+        return None, f"the forward of the base layer ({type(base_layer).__name__}) is not that of {layer_type.__name__}"
+    if any(getattr(base_layer, name) for name in _HOOKS) or _module._has_any_global_hook():
+        return None, "the base layer has hooks"
+    weight = base_layer._parameters.get("weight")
+    if weight is None:
+        return None, "the base weight is parametrised"
+    if type(weight) is not torch.nn.Parameter or not weight.is_floating_point():
+        return None, f"the base weight is a {type(weight).__name__} of {weight.dtype}, not a plain floating tensor"
+    return weight, None
+
+
+class FactorCache:
+    """V and T of a chain that does not change, for generation token by token.
+
+    Used under no_grad on the CPU only. Each use compares u with the copy that the factor was made from, value by value
+    (K r numbers: microseconds), so the cache cannot go stale, however the parameter was written. Not copied, not
+    pickled.
+    """
+
+    def __init__(self):
+        self.copies, self.result = None, None
+
+    def __reduce__(self):
+        return FactorCache, ()
+
+    def __deepcopy__(self, memo):
+        return FactorCache()
+
+    def get(self, chain, dtype):
+        if self.copies is not None and len(self.copies) == len(chain) and self.result[0].dtype is dtype:
+            if all(gs == old_gs and _same(u, old) for (u, gs), (old, old_gs) in zip(chain, self.copies)):
+                return self.result
+        self.copies = [(u.detach().clone(), gs) for u, gs in chain]
+        self.result = _factor_chain(self.copies, dtype)
+        return self.result
+
+
+def _same(a, b):
+    return a.dtype is b.dtype and a.shape == b.shape and a.device == b.device and torch.equal(a, b)
+
+
+def _factor_chain(chain, dtype):
+    if len(chain) == 1:
+        return hh.factor(chain[0][0], dtype, chain[0][1])
+    if not any(gs for _, gs in chain):
+        return hh.factor(torch.cat([u.to(dtype) for u, _ in chain], 1), dtype)
+    return hh.compose([hh.factor(u, dtype, gs) for u, gs in chain])
+
+
+def factor_chain(chain, dtype, cache=None):
+    """(V, T) of the whole chain; V in dtype (float32 or float64)."""
+    cacheable = (
+        cache is not None
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and chain[0][0].device.type == "cpu"
+        and not _transforms.needs_reference()
+    )
+    return cache.get(chain, dtype) if cacheable else _factor_chain(chain, dtype)
+
+
+def _compute_dtype(x, weight, chain):
+    """The dtype of the product: autocast's, else what x and a floating weight promote to, float64 if u is."""
+    if x.dtype is torch.float64 or any(u.dtype is torch.float64 for u, _ in chain):
+        return torch.float64
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    if weight is not None and weight.is_floating_point():
+        return torch.promote_types(x.dtype, weight.dtype)
+    return x.dtype
+
+
+def _cast(tensor, dtype):
+    return None if tensor is None else tensor.to(dtype)
+
+
+def _check_input(x, chain):
+    if torch.compiler.is_compiling():
+        return
+    if not x.is_floating_point():
+        raise TypeError(f"HRA: the input must be floating; got {x.dtype} of shape {list(x.shape)}")
+    if x.device != chain[0][0].device:
+        raise ValueError(f"HRA: the input is on {x.device}, the adapter on {chain[0][0].device}; move one of them")
+
+
+def adapted_linear(x, base_layer, chain, precision="auto", cache=None, args=(), kwargs=None):
+    """y = x (W H_1 H_2 ...)^T + b.
+
+    Args:
+        x: [..., K] floating; base_layer: called with the rotated x (`fast`), or, where `readable_weight` allows, read
+            (`exact`). args, kwargs: passed on to the base layer, which then is always called.
+        precision: "auto", "fast" or "exact" (DESIGN: `auto` is exact for half-precision products).
+
+    Returns:
+        y [..., N] in the dtype of the product (the caller casts as its framework does).
+    """
+    _check_input(x, chain)
+    weight, _ = readable_weight(base_layer)
+    compute = _compute_dtype(x, weight if weight is not None else getattr(base_layer, "weight", None), chain)
+    working = torch.float64 if compute is torch.float64 else torch.float32
+    V, T = factor_chain(chain, working, cache)
+    if weight is not None and not args and not kwargs:
+        if precision != "fast" and compute in hh.HALF:
+            bias = _cast(base_layer.bias, compute)
+            return hh.apply_factor_linear(x.to(compute), weight.to(compute), bias, V, T)
+        if weight.dtype is not compute and not torch.is_autocast_enabled(x.device.type):
+            z = hh.apply_factor(x.to(compute), V, T)
+            return F.linear(z, weight.to(compute), _cast(base_layer.bias, compute))
+    rotated = x if torch.is_autocast_enabled(x.device.type) and working is torch.float32 else x.to(compute)
+    z = hh.apply_factor(rotated, V, T)
+    return base_layer(_for_base(z, base_layer), *args, **(kwargs or {}))
+
+
+def _for_base(z, base_layer):
+    """z in the dtype that an unreadable base layer with a floating weight expects (autocast does that by itself)."""
+    weight = getattr(base_layer, "weight", None)
+    if weight is None or not weight.is_floating_point() or torch.is_autocast_enabled(z.device.type):
+        return z
+    return z.to(weight.dtype)
+
+
+def adapted_conv2d(x, base_layer, chain, precision="auto", cache=None, args=(), kwargs=None):
+    """The convolution with the kernel W H over rows of Cin kh kw: stride, padding (any mode) and dilation as the base.
+
+    `fast` adds the low-rank form to the base layer's output: conv(x, W) - conv1x1(conv(x, Vp), (W Vp) Cp^T). `exact`
+    brings both into one accumulator: conv([x, x], [W, W H - W]). Both read the weight.
+
+    Raises:
+        TypeError: the weight cannot be read (quantised) or groups > 1.
+    """
+    _check_input(x, chain)
+    weight = base_layer._parameters.get("weight")
+    if weight is None or type(weight) is not torch.nn.Parameter or not weight.is_floating_point():
+        raise TypeError(f"HRA: a convolution needs a readable floating weight; {type(base_layer).__name__} has none")
+    compute = _compute_dtype(x, weight, chain)
+    working = torch.float64 if compute is torch.float64 else torch.float32
+    V, T = factor_chain(chain, working, cache)
+    flat = weight.flatten(1)
+    flat = flat.to(working) if (flat.dtype is torch.float64) != (working is torch.float64) else flat
+    Vp, Cp = reference.pair_basis(V, T, reverse=False)
+    project = reference.project if _transforms.needs_reference() else autograd.Project.apply
+    B = -project(flat, Vp) @ Cp.mT.to(working)
+    readable = readable_weight(base_layer, torch.nn.Conv2d)[0] is not None and not args and not kwargs
+    if precision != "fast" and compute in hh.HALF and readable:
+        delta = (B @ Vp.mT).view_as(weight)
+        both = torch.cat((weight.to(compute), delta.to(compute)), 1)
+        rows = x.to(compute)
+        return base_layer._conv_forward(torch.cat((rows, rows), -3), both, _cast(base_layer.bias, compute))
+    A, B = Vp.mT.reshape(-1, *weight.shape[1:]).to(compute), B[:, :, None, None].to(compute)
+    rows = x.to(compute)
+    update = F.conv2d(base_layer._conv_forward(rows, A, None), B)
+    if readable and weight.dtype is not compute and not torch.is_autocast_enabled(x.device.type):
+        return base_layer._conv_forward(rows, weight.to(compute), _cast(base_layer.bias, compute)) + update
+    return base_layer(_for_base(rows, base_layer), *args, **(kwargs or {})) + update
