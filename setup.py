@@ -19,6 +19,7 @@ the environment:
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -131,7 +132,7 @@ def plan(environ, include=None, has_pybind11=None):
     elif absent:
         missing = HOW["tools"].format(names=", ".join(absent))
     if missing:
-        return Plan((), tools, {"cpu": missing, "cuda": missing})
+        return Plan((), tools, {"cpu": missing, "cuda": "needs the same tools as the CPU library"})
 
     home = environ.get("CUDA_HOME") or environ.get("CUDA_PATH")
     tools["nvcc"] = find(environ.get("CUDACXX"), home and f"{home}/bin/nvcc", "nvcc", "/usr/local/cuda/bin/nvcc")
@@ -144,14 +145,16 @@ def plan(environ, include=None, has_pybind11=None):
 
 
 def first_error(log):
-    """The line of a build log that says what went wrong."""
+    """What a build log says went wrong: the compiler's first error, else CMake's, else the last line."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
+    for line in lines:
+        if re.search(r"(\berror|\bfatal\s*|undefined reference to.*|^Killed.*):", line):
+            return line
     for i, line in enumerate(lines):
         if line.startswith("CMake Error"):
-            return " ".join(lines[i + 1 : i + 3])
-        if re.search(r"\b(fatal|error|Error|undefined reference|Killed)\b", line):
-            return line
-    return lines[-1] if lines else "it said nothing"
+            said = itertools.takewhile(lambda s: not re.match(r"CMake |Call Stack|--|It fails", s), lines[i + 1 :])
+            return " ".join(itertools.islice(said, 3))
+    return lines[-1] if lines else "nothing was printed"
 
 
 def announce(sentence):
@@ -246,7 +249,7 @@ class CMakeBuild(build_ext):
         text = log.read_text(errors="replace")
         print(text, flush=True)
         if status:
-            raise BuildFailed(f"{doing} failed with {first_error(text)!r} (all of it: {log})")
+            raise BuildFailed(f"{doing} failed: {first_error(text)} (all of it: {log})")
 
     def get_outputs(self):
         folder = ROOT / PACKAGE if self.inplace else Path(self.build_lib) / PACKAGE
@@ -276,7 +279,7 @@ def install(library, folder):
     os.replace(scratch, folder / library.name)
 
 
-def remove_libraries(folder, part="*"):
+def remove_libraries(folder, part=""):
     """A library of an earlier build that no longer belongs to these sources."""
     for library in folder.glob(f"_native_{part}*.so"):
         library.unlink()

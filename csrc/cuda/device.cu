@@ -51,8 +51,9 @@ int device(int index, Device* out) {
 }
 
 int probe_arch(int* out, void* stream) {
-  probe_arch_kernel<<<1, 1, 0, static_cast<cudaStream_t>(stream)>>>(out);
-  return cudaGetLastError();
+  void* arguments[] = {&out};
+  return cudaLaunchKernel(reinterpret_cast<const void*>(probe_arch_kernel), dim3(1), dim3(1), arguments, 0,
+                          static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace peftkern::cuda
