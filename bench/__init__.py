@@ -1,0 +1,1 @@
+"""Benchmarks of peftkern: what an adapted layer costs beyond its frozen base layer."""

@@ -1,0 +1,161 @@
+"""The contenders. Every arm computes the same layer from the same tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.cases import Problem
+
+
+class NotAvailable(Exception):
+    """This arm cannot run here; the message says why."""
+
+
+@dataclass
+class Arm:
+    """forward maps x to y; u is the trainable adapter (None for the frozen layer), which `set_u` writes in place."""
+
+    name: str
+    forward: Callable[[Tensor], Tensor]
+    u: Tensor | None = None
+    parameters: list[Tensor] = field(default_factory=list)
+    # Calls that left the accelerated path, and why; None where the arm has no such thing.
+    detours: Callable[[], dict[str, int]] | None = None
+
+    def set_u(self, u: Tensor) -> None:
+        with torch.no_grad():
+            self.u.copy_(u)
+
+
+LABELS = {
+    "frozen": "frozen layer",
+    "peft": "PEFT 0.21.2",
+    "torch": "plain torch, compact WY",
+    "fast": "peftkern, fast",
+    "auto": "peftkern, auto",
+    "exact": "peftkern, exact",
+}
+OURS = ("fast", "auto", "exact")
+
+
+def names(problem: Problem) -> tuple[str, ...]:
+    """Arms of a case. In fp32 `exact` has nothing to gain and is `fast`."""
+    return tuple(LABELS) if problem.case.half else ("frozen", "peft", "torch", "fast", "auto")
+
+
+def _base_layer(problem: Problem) -> nn.Module:
+    case = problem.case
+    with torch.device("meta"):
+        if case.kind == "conv":
+            layer = nn.Conv2d(case.width_in, case.width_out, 3, padding=1, bias=case.bias)
+        else:
+            layer = nn.Linear(case.width_in, case.width_out, bias=case.bias)
+    layer.weight, layer.bias = problem.weight, problem.bias
+    return layer
+
+
+def _frozen(problem: Problem) -> Arm:
+    return Arm("frozen", _base_layer(problem))
+
+
+def _triangular_factor(V: Tensor) -> Tensor:
+    """T of H = I - V T V^T in float64; V [K, r] in float64."""
+    G = V.T @ V
+    A = G.triu(1) + torch.diag(G.diagonal() / 2)
+    return torch.linalg.solve_triangular(A, torch.eye(len(A), dtype=A.dtype), upper=True)
+
+
+def _plain_torch(problem: Problem) -> Arm:
+    """Compact WY in plain torch calls under autograd: two skinny products, one pass that writes z.
+
+    A half-precision x meets V cast to its dtype; T comes from the cast V, so that H stays orthogonal.
+    """
+    weight, bias, kind, r = problem.weight, problem.bias, problem.case.kind, problem.case.r
+    u = problem.u.clone().requires_grad_(problem.case.trains)
+
+    def factors(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        V = u.to(dtype)
+        V64 = V.double()
+        if kind == "gram_schmidt":
+            T = 2 * torch.cholesky_inverse(torch.linalg.cholesky(V64.T @ V64))
+        else:
+            T = _triangular_factor(V64)
+        return V, T.float()
+
+    def linear(x: Tensor) -> Tensor:
+        V, T = factors(x.dtype)
+        S = ((x @ V).float() @ T.T).to(x.dtype)
+        return F.linear(torch.addmm(x, S, V.T, alpha=-1), weight, bias)
+
+    def conv(x: Tensor) -> Tensor:
+        V, T = factors(x.dtype)
+        P = F.conv2d(x, V.T.reshape(r, *weight.shape[1:]), padding=1)
+        WVT = ((weight.flatten(1) @ V).float() @ T).to(x.dtype)
+        return F.conv2d(x, weight, bias, padding=1) - F.conv2d(P, WVT[:, :, None, None])
+
+    return Arm("torch", conv if kind == "conv" else linear, u, [u])
+
+
+def _peft_model(problem: Problem) -> nn.Module:
+    try:
+        import peft
+    except ImportError as error:
+        raise NotAvailable(f"peft cannot be imported ({error})") from None
+    case = problem.case
+    gram_schmidt = case.kind == "gram_schmidt"
+    config = peft.HRAConfig(
+        r=case.r, target_modules=["layer"], apply_GS=gram_schmidt, init_weights=not gram_schmidt, inference_mode=False
+    )
+    model = nn.Module()
+    model.layer = _base_layer(problem)
+    model = peft.get_peft_model(model, config, autocast_adapter_dtype=case.adapter_dtype != case.base_dtype)
+    layer = model.base_model.model.layer
+    if layer.hra_u["default"].dtype != case.adapter_dtype:
+        raise NotAvailable(f"PEFT holds the adapter in {layer.hra_u['default'].dtype}, wanted {case.adapter_dtype}")
+    with torch.no_grad():
+        layer.hra_u["default"].copy_(problem.u)
+    if not case.trains:
+        model.eval().requires_grad_(False)
+    return model
+
+
+def _peft(problem: Problem) -> Arm:
+    layer = _peft_model(problem).base_model.model.layer
+    u = layer.hra_u["default"]
+    return Arm("peft", layer, u, [u])
+
+
+def _peftkern(problem: Problem, precision: str) -> Arm:
+    """PEFT's layer after `peftkern.accelerate`, called as a user's model calls it."""
+    try:
+        import peftkern
+
+        accelerate = peftkern.accelerate
+    except (ImportError, AttributeError) as error:
+        raise NotAvailable(f"peftkern.accelerate cannot be imported ({error})") from None
+    model = _peft_model(problem)
+    report = accelerate(model, precision=precision)
+    if not report.replaced:
+        raise NotAvailable("; ".join(reason for _, reason in report.skipped) or "accelerate() replaced nothing")
+    layer = model.base_model.model.layer
+    u = layer.hra_u["default"]
+
+    def detours() -> dict[str, int]:
+        return {method: counts["to_peft"] for method, counts in peftkern.stats().items() if counts.get("to_peft")}
+
+    return Arm(precision, layer, u, [u], detours)
+
+
+def build(name: str, problem: Problem) -> Arm:
+    """The arm `name` on the tensors of `problem`. Raises NotAvailable with the reason."""
+    if name in OURS:
+        arm = _peftkern(problem, name)
+    else:
+        arm = {"frozen": _frozen, "torch": _plain_torch, "peft": _peft}[name](problem)
+    arm.parameters += [p for p in (problem.weight, problem.bias) if p is not None]
+    return arm

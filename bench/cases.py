@@ -1,0 +1,162 @@
+"""The shapes that are measured, and the tensors of one shape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+DTYPES = {
+    "fp32": (torch.float32, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    # PEFT's default on a half-precision model: the adapter stays in fp32.
+    "bf16+fp32": (torch.bfloat16, torch.float32),
+}
+# Step sizes of the reflection pairs that follow PEFT's identity initialisation, relative to the vectors.
+TRAINED_PAIR_GAP = 0.1
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the tables.
+
+    kind: "linear" (forward + backward), "gram_schmidt" (the same with PEFT's apply_GS=True), "decode" (forward of one
+    token under no_grad) or "conv" (forward + backward of a 3 x 3 convolution, padding 1).
+    width_in, width_out: features, or channels of a convolution. tokens: rows of x; for a convolution batch * image**2.
+    """
+
+    kind: str
+    width_in: int
+    width_out: int
+    tokens: int
+    r: int
+    dtype: str
+    bias: bool = False
+    batch: int = 0
+    image: int = 0
+
+    @property
+    def base_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype][0]
+
+    @property
+    def adapter_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype][1]
+
+    @property
+    def half(self) -> bool:
+        return self.base_dtype != torch.float32
+
+    @property
+    def trains(self) -> bool:
+        return self.kind != "decode"
+
+    @property
+    def id(self) -> str:
+        shape = f"{self.width_in}x{self.width_out}"
+        rows = f"n{self.batch}-{self.image}x{self.image}" if self.kind == "conv" else f"t{self.tokens}"
+        return f"{self.kind}-{shape}-{rows}-r{self.r}-{self.dtype}"
+
+    @property
+    def title(self) -> str:
+        shape = f"{self.width_in} x {self.width_out}"
+        if self.kind == "conv":
+            rows = f"3 x 3, {self.batch} images of {self.image} x {self.image}"
+        else:
+            rows = f"{self.tokens} token{'s' if self.tokens != 1 else ''}"
+        dtype = {"fp32": "fp32", "bf16": "bf16", "bf16+fp32": "bf16 + fp32 adapter"}[self.dtype]
+        return f"{shape}, {rows}, r {self.r}, {dtype}"
+
+    @property
+    def reflector_length(self) -> int:
+        return self.width_in * 9 if self.kind == "conv" else self.width_in
+
+
+def _linear(width: int, tokens: int, r: int, dtype: str, kind: str = "linear") -> Case:
+    # 768 wide stands for encoders, whose linear layers have a bias; wider ones for decoders, whose have none.
+    return Case(kind, width, width, tokens, r, dtype, bias=width == 768)
+
+
+def _conv(channels: int, batch: int, image: int, r: int, dtype: str) -> Case:
+    return Case("conv", channels, channels, batch * image * image, r, dtype, bias=True, batch=batch, image=image)
+
+
+TABLE = [
+    _linear(2048, 1024, 8, "fp32"),
+    _linear(2048, 1024, 8, "bf16"),
+    _linear(2048, 1024, 8, "bf16+fp32"),
+    _linear(768, 512, 8, "bf16+fp32"),
+    _linear(4096, 2048, 32, "bf16+fp32"),
+]
+QUICK_EXTRAS = [_linear(2048, 1, 8, "bf16+fp32", "decode")]
+
+_LINEAR = [
+    _linear(width, tokens, r, dtype)
+    for width, token_counts in ((768, (128, 512, 4096)), (2048, (128, 1024, 4096)), (4096, (128, 2048, 4096)))
+    for tokens in token_counts
+    for r in (8, 32)
+    for dtype in DTYPES
+]
+_GRAM_SCHMIDT = [
+    _linear(width, tokens, 8, dtype, "gram_schmidt") for width, tokens in ((768, 512), (2048, 1024)) for dtype in DTYPES
+]
+_DECODE = [_linear(width, 1, 8, dtype, "decode") for width in (768, 2048, 4096) for dtype in DTYPES]
+_CONV = [
+    _conv(channels, batch, image, 8, dtype)
+    for channels, batch, image in ((256, 8, 14), (320, 2, 32))
+    for dtype in ("fp32", "bf16+fp32")
+]
+
+SETS = {
+    "quick": TABLE + QUICK_EXTRAS,
+    "full": TABLE + [case for case in _LINEAR + _GRAM_SCHMIDT + _DECODE + _CONV if case not in TABLE],
+}
+
+
+@dataclass
+class Problem:
+    """The tensors all arms of a case share: x and grad_y in the base dtype, u [K, r] in the adapter dtype.
+
+    The weight is one tensor for every arm, so that no arm finds it colder than another.
+    """
+
+    case: Case
+    x: Tensor
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    u: Tensor
+    grad_y: Tensor
+
+
+def make_problem(case: Case, seed: int = 0) -> Problem:
+    """Random tensors of a case; u is a trained-looking adapter, pairs of vectors that have moved 10 % apart."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    K = case.reflector_length
+    if case.kind == "conv":
+        x = normal(case.batch, case.width_in, case.image, case.image)
+        weight = normal(case.width_out, case.width_in, 3, 3) / K**0.5
+        grad_y = normal(case.batch, case.width_out, case.image, case.image)
+    else:
+        x = normal(case.tokens, case.width_in)
+        weight = normal(case.width_out, case.width_in) / K**0.5
+        grad_y = normal(case.tokens, case.width_out)
+    bias = normal(case.width_out) if case.bias else None
+
+    if case.kind == "gram_schmidt":
+        u = normal(K, case.r)
+    else:
+        u = normal(K, case.r // 2).repeat_interleave(2, dim=1) + TRAINED_PAIR_GAP * normal(K, case.r)
+    dtype = case.base_dtype
+    return Problem(
+        case=case,
+        x=x.to(dtype).requires_grad_(case.trains),
+        weight=nn.Parameter(weight.to(dtype), requires_grad=False),
+        bias=None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False),
+        u=u.to(case.adapter_dtype),
+        grad_y=grad_y.to(dtype),
+    )

@@ -1,0 +1,137 @@
+"""Options of the benchmarks, the measured rows and what goes into every result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from bench import environment
+from bench.arms import LABELS
+from bench.cases import SETS, Case
+from bench.row import Row, measure_row
+
+ROWS = pytest.StashKey[list[Row]]()
+CASES = {case.id: case for cases in SETS.values() for case in cases}
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("peftkern benchmarks")
+    group.addoption("--bench-set", choices=sorted(SETS), default="quick", help="quick: the README's rows; full: all")
+    group.addoption("--bench-seconds", type=float, default=30.0, help="time for the interleaved rounds of one case")
+    group.addoption("--bench-case", action="append", help="measure this case only (its id, as printed); repeatable")
+    group.addoption("--bench-threads", type=int, help="torch's number of threads (default: torch's own)")
+
+
+def pytest_configure(config):
+    threads = config.getoption("--bench-threads", None)
+    if threads:
+        torch.set_num_threads(threads)
+
+
+def pytest_generate_tests(metafunc):
+    if "row" not in metafunc.fixturenames:
+        return
+    wanted = metafunc.config.getoption("--bench-case")
+    unknown = set(wanted or ()) - set(CASES)
+    if unknown:
+        raise pytest.UsageError(f"--bench-case {sorted(unknown)[0]!r}: no such case; the cases are {', '.join(CASES)}")
+    cases = [CASES[name] for name in wanted] if wanted else SETS[metafunc.config.getoption("--bench-set")]
+    pairs = [(case.id, arm) for case in cases for arm in LABELS if case.half or arm != "exact"]
+    metafunc.parametrize(("row", "arm"), pairs, indirect=["row"], ids=[f"{case}-{arm}" for case, arm in pairs])
+
+
+@pytest.fixture(scope="module")
+def row(request) -> Row:
+    """The measured row of a case, shared by the tests of its arms."""
+    case = CASES[request.param]
+    seconds = request.config.getoption("--bench-seconds")
+    measured = measure_row(case, seconds if case.trains else seconds / 4)
+    request.config.stash.setdefault(ROWS, []).append(measured)
+    return measured
+
+
+class ReplayClock:
+    """A timer for pytest-benchmark that replays times already taken, since its own rounds cannot interleave arms."""
+
+    __name__ = "interleaved_perf_counter"
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def feed(self, benchmark, times: list[float]) -> None:
+        """Make `times` (seconds) the rounds of `benchmark`, to the last bit."""
+        left = iter(times)
+
+        def rewind():
+            self.now = 0.0
+
+        def pass_time():
+            self.now = next(left)
+
+        benchmark.pedantic(pass_time, setup=rewind, rounds=len(times))
+
+
+REPLAY = ReplayClock()
+
+
+@pytest.fixture
+def replay() -> Callable[[object, list[float]], None]:
+    return REPLAY.feed
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        item.add_marker(pytest.mark.benchmark(timer=REPLAY))
+
+
+@pytest.fixture(scope="session")
+def surroundings() -> dict[str, object]:
+    """Machine, versions and commit: the extra_info that every row shares."""
+    return {
+        "machine": environment.machine(),
+        "versions": environment.versions(),
+        "commit": environment.commit(),
+    }
+
+
+def case_fields(case: Case) -> dict[str, object]:
+    return {**asdict(case), "id": case.id, "title": case.title}
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    """The result file is published: it says what the machine is, not which one."""
+    machine_info.pop("node", None)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    rows = config.stash.get(ROWS, [])
+    if not rows:
+        return
+    terminalreporter.section("overhead over the frozen layer (median of the rounds' ratios; frozen layer = 1.00)")
+    width = max(len(row.case.title) for row in rows)
+    heads = [name for name in LABELS if name != "frozen"]
+    terminalreporter.write_line(" " * (width + len("gram_schmidt") + 2) + "".join(f"{name:>9}" for name in heads))
+    for row in rows:
+        cells = []
+        for name in heads:
+            if name in row.refused:
+                cells.append("refused")
+            elif name in row.times:
+                cells.append(f"{row.info[name]['overhead']['median_of_ratios']:.2f}")
+            else:
+                cells.append("-")
+        terminalreporter.write_line(
+            f"{row.case.kind:<13} {row.case.title:<{width}}" + "".join(f"{cell:>9}" for cell in cells)
+        )
+    absent = {(name, reason) for row in rows for name, reason in row.absent.items()}
+    for name, reason in sorted(absent):
+        terminalreporter.write_line(f"{LABELS[name]}: not available: {reason}")
+    for row in rows:
+        for reason in row.refused.values():
+            terminalreporter.write_line(f"refused: {reason}")
