@@ -8,11 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch.nn.modules import module as _module
 
+from peftkern.nn import convolution
 from peftkern.ops import _transforms
 from peftkern.ops import householder as hh
 from peftkern.ops.householder import autograd, reference
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _plain(weight):
+    """A floating tensor that is no subclass; under functional_call a weight is a Tensor, not a Parameter."""
+    return type(weight) in (torch.nn.Parameter, torch.Tensor) and weight.is_floating_point()
 
 
 def readable_weight(base_layer, layer_type=torch.nn.Linear):
@@ -28,7 +34,7 @@ def readable_weight(base_layer, layer_type=torch.nn.Linear):
     weight = base_layer._parameters.get("weight")
     if weight is None:
         return None, "the base weight is parametrised"
-    if type(weight) is not torch.nn.Parameter or not weight.is_floating_point():
+    if not _plain(weight):
         return None, f"the base weight is a {type(weight).__name__} of {weight.dtype}, not a plain floating tensor"
     return weight, None
 
@@ -42,7 +48,7 @@ class FactorCache:
     """
 
     def __init__(self):
-        self.copies, self.result = None, None
+        self.kept = None
 
     def __reduce__(self):
         return FactorCache, ()
@@ -51,12 +57,20 @@ class FactorCache:
         return FactorCache()
 
     def get(self, chain, dtype):
-        if self.copies is not None and len(self.copies) == len(chain) and self.result[0].dtype is dtype:
-            if all(gs == old_gs and _same(u, old) for (u, gs), (old, old_gs) in zip(chain, self.copies)):
-                return self.result
-        self.copies = [(u.detach().clone(), gs) for u, gs in chain]
-        self.result = _factor_chain(self.copies, dtype)
-        return self.result
+        # One attribute, written once per miss, so that no thread sees a copy beside the factor of another.
+        kept = self.kept
+        if kept is not None and kept[0] is dtype and _same_chain(chain, kept[1]):
+            return kept[2]
+        copies = [(u.detach().clone(), gs) for u, gs in chain]
+        result = _factor_chain(copies, dtype)
+        self.kept = dtype, copies, result
+        return result
+
+
+def _same_chain(chain, copies):
+    return len(chain) == len(copies) and all(
+        gs == old_gs and _same(u, old) for (u, gs), (old, old_gs) in zip(chain, copies, strict=True)
+    )
 
 
 def _same(a, b):
@@ -77,17 +91,21 @@ def factor_chain(chain, dtype, cache=None):
         cache is not None
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        and chain[0][0].device.type == "cpu"
+        and all(u.device.type == "cpu" and type(u) in (torch.nn.Parameter, torch.Tensor) for u, _ in chain)
         and not _transforms.needs_reference()
     )
     return cache.get(chain, dtype) if cacheable else _factor_chain(chain, dtype)
+
+
+def _autocasting(x):
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
 def _compute_dtype(x, weight, chain):
     """The dtype of the product: autocast's, else what x and a floating weight promote to, float64 if u is."""
     if x.dtype is torch.float64 or any(u.dtype is torch.float64 for u, _ in chain):
         return torch.float64
-    if torch.is_autocast_enabled(x.device.type):
+    if _autocasting(x):
         return torch.get_autocast_dtype(x.device.type)
     if weight is not None and weight.is_floating_point():
         return torch.promote_types(x.dtype, weight.dtype)
@@ -127,10 +145,10 @@ def adapted_linear(x, base_layer, chain, precision="auto", cache=None, args=(), 
         if precision != "fast" and compute in hh.HALF:
             bias = _cast(base_layer.bias, compute)
             return hh.apply_factor_linear(x.to(compute), weight.to(compute), bias, V, T)
-        if weight.dtype is not compute and not torch.is_autocast_enabled(x.device.type):
+        if weight.dtype is not compute and (compute is torch.float64 or not _autocasting(x)):
             z = hh.apply_factor(x.to(compute), V, T)
             return F.linear(z, weight.to(compute), _cast(base_layer.bias, compute))
-    rotated = x if torch.is_autocast_enabled(x.device.type) and working is torch.float32 else x.to(compute)
+    rotated = x if _autocasting(x) and working is torch.float32 else x.to(compute)
     z = hh.apply_factor(rotated, V, T)
     return base_layer(_for_base(z, base_layer), *args, **(kwargs or {}))
 
@@ -138,7 +156,7 @@ def adapted_linear(x, base_layer, chain, precision="auto", cache=None, args=(), 
 def _for_base(z, base_layer):
     """z in the dtype that an unreadable base layer with a floating weight expects (autocast does that by itself)."""
     weight = getattr(base_layer, "weight", None)
-    if weight is None or not weight.is_floating_point() or torch.is_autocast_enabled(z.device.type):
+    if weight is None or not weight.is_floating_point() or (_autocasting(z) and z.dtype is not torch.float64):
         return z
     return z.to(weight.dtype)
 
@@ -154,25 +172,32 @@ def adapted_conv2d(x, base_layer, chain, precision="auto", cache=None, args=(), 
     """
     _check_input(x, chain)
     weight = base_layer._parameters.get("weight")
-    if weight is None or type(weight) is not torch.nn.Parameter or not weight.is_floating_point():
+    if not _plain(weight):
         raise TypeError(f"HRA: a convolution needs a readable floating weight; {type(base_layer).__name__} has none")
+    _check_planes(x, base_layer)
     compute = _compute_dtype(x, weight, chain)
     working = torch.float64 if compute is torch.float64 else torch.float32
     V, T = factor_chain(chain, working, cache)
     flat = weight.flatten(1)
     flat = flat.to(working) if (flat.dtype is torch.float64) != (working is torch.float64) else flat
     Vp, Cp = reference.pair_basis(V, T, reverse=False)
-    project = reference.project if _transforms.needs_reference() else autograd.Project.apply
-    B = -project(flat, Vp) @ Cp.mT.to(working)
+    transformed = _transforms.needs_reference()
+    A = Vp.mT.reshape(-1, *weight.shape[1:])
+    project = reference.project if transformed else autograd.Project.apply
+    # Products of float64 matrices: autocast leaves them alone.
+    B = -(project(flat, Vp).double() @ Cp.mT).to(working)
     readable = readable_weight(base_layer, torch.nn.Conv2d)[0] is not None and not args and not kwargs
-    if precision != "fast" and compute in hh.HALF and readable:
-        delta = (B @ Vp.mT).view_as(weight)
-        both = torch.cat((weight.to(compute), delta.to(compute)), 1)
-        rows = x.to(compute)
-        return base_layer._conv_forward(torch.cat((rows, rows), -3), both, _cast(base_layer.bias, compute))
-    A, B = Vp.mT.reshape(-1, *weight.shape[1:]).to(compute), B[:, :, None, None].to(compute)
     rows = x.to(compute)
-    update = F.conv2d(base_layer._conv_forward(rows, A, None), B)
-    if readable and weight.dtype is not compute and not torch.is_autocast_enabled(x.device.type):
+    if precision != "fast" and compute in hh.HALF and readable:
+        bias = _cast(base_layer.bias, compute)
+        return convolution.one_accumulator(base_layer, rows, weight.to(compute), bias, A, B, not transformed)
+    update = convolution.low_rank(base_layer, rows, A.to(compute), B.to(compute))
+    if readable and weight.dtype is not compute and (compute is torch.float64 or not _autocasting(x)):
         return base_layer._conv_forward(rows, weight.to(compute), _cast(base_layer.bias, compute)) + update
     return base_layer(_for_base(rows, base_layer), *args, **(kwargs or {})) + update
+
+
+def _check_planes(x, base_layer):
+    if not torch.compiler.is_compiling() and (x.dim() not in (3, 4) or x.shape[-3] != base_layer.in_channels):
+        wanted = f"[(batch,) {base_layer.in_channels}, height, width]"
+        raise ValueError(f"HRA: the input of the convolution must have shape {wanted}; got {list(x.shape)}")
