@@ -40,7 +40,9 @@ def load_adapters(model, path):
                 f"load_adapters: hra_u of {name} must have shape {list(layer.hra_u.shape)}; "
                 f"{path} holds {list(tensors[name].shape)}"
             )
-        if not torch.isfinite(tensors[name]).all():
+        if not tensors[name].is_floating_point():
+            raise ValueError(f"load_adapters: hra_u of {name} in {path} must be floating; it is {tensors[name].dtype}")
+        if not torch.isfinite(tensors[name].to(layer.hra_u.dtype)).all():
             raise ValueError(f"load_adapters: hra_u of {name} in {path} has values that are not finite")
         if layer.merged:
             raise ValueError(f"load_adapters: {name} is merged into its weight; unmerge() it before loading")

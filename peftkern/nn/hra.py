@@ -18,15 +18,12 @@ def init_hra_(u, apply_gs=False, init_weights=True):
     r = u.shape[1]
     if init_weights and not apply_gs and r % 2:
         warnings.warn(f"HRA starts from the identity only when r is even; r = {r} starts from random reflections")
+    pairs = init_weights and not apply_gs and r % 2 == 0
+    # Drawn as float32 on the CPU, whatever the surroundings set, so that a seed gives one adapter everywhere.
+    drawn = torch.empty(u.shape[0], r // 2 if pairs else r, dtype=torch.float32, device="cpu")
+    nn.init.kaiming_uniform_(drawn, a=math.sqrt(5))
     with torch.no_grad():
-        if init_weights and not apply_gs and r % 2 == 0:
-            half = torch.empty(u.shape[0], r // 2)
-            nn.init.kaiming_uniform_(half, a=math.sqrt(5))
-            u.copy_(half.repeat_interleave(2, dim=1))
-        else:
-            drawn = torch.empty(u.shape)
-            nn.init.kaiming_uniform_(drawn, a=math.sqrt(5))
-            u.copy_(drawn)
+        u.copy_(drawn.repeat_interleave(2, dim=1) if pairs else drawn)
     return u
 
 
@@ -38,34 +35,43 @@ class _HRALayer(nn.Module):
 
     def __init__(self, base_layer, r=8, apply_gs=False, init_weights=True, precision="auto"):
         super().__init__()
-        kind = type(self).__name__
-        if not isinstance(base_layer, self._base_type):
-            raise TypeError(f"{kind}: base_layer must be a {self._base_type.__name__}; got {type(base_layer).__name__}")
-        if not isinstance(r, int) or r < 1:
-            raise ValueError(f"{kind}: r must be an integer of at least 1; got {r!r}")
-        self._check_base(base_layer)
-        self.precision = hh.check_precision(precision)
-        self.base_layer = base_layer.requires_grad_(False)
-        self.apply_gs, self.enabled, self.merged = apply_gs, True, False
+        self.check(base_layer, r, precision)
         weight = base_layer.weight
         dtype = torch.float64 if weight.dtype is torch.float64 else torch.float32
+        self.precision, self.apply_gs, self.init_weights = precision, apply_gs, init_weights
+        self.enabled, self.merged = True, False
         self.hra_u = nn.Parameter(torch.empty(self._features(base_layer), r, dtype=dtype, device=weight.device))
-        if weight.device.type != "meta":
-            init_hra_(self.hra_u, apply_gs, init_weights)
+        self.reset_parameters()
+        self.base_layer = base_layer.requires_grad_(False)
         self._cache = FactorCache()
 
-    def _check_base(self, base_layer):
-        pass
+    @classmethod
+    def check(cls, base_layer, r=8, precision="auto"):
+        """Raise what the constructor raises for these arguments."""
+        if not isinstance(base_layer, cls._base_type):
+            wanted = f"base_layer must be a {cls._base_type.__name__}"
+            raise TypeError(f"{cls.__name__}: {wanted}; got {type(base_layer).__name__}")
+        if not isinstance(r, int) or isinstance(r, bool) or r < 1:
+            raise ValueError(f"{cls.__name__}: r must be an integer of at least 1; got {r!r}")
+        hh.check_precision(precision)
+
+    def reset_parameters(self):
+        """Draw `hra_u` again: after to_empty() of a layer that was built on the meta device."""
+        if self.hra_u.device.type != "meta":
+            init_hra_(self.hra_u, self.apply_gs, self.init_weights)
 
     def extra_repr(self):
         state = "merged" if self.merged else "enabled" if self.enabled else "disabled"
         return f"r={self.hra_u.shape[1]}, apply_gs={self.apply_gs}, precision={self.precision!r}, {state}"
 
     def forward(self, x, *args, **kwargs):
+        """y in the dtype of x, under autocast too, as PEFT's layer has it."""
         if self.merged or not self.enabled:
-            return self.base_layer(x, *args, **kwargs)
-        chain = [(self.hra_u, self.apply_gs)]
-        return type(self)._adapted(x, self.base_layer, chain, self.precision, self._cache, args, kwargs)
+            y = self.base_layer(x, *args, **kwargs)
+        else:
+            chain = [(self.hra_u, self.apply_gs)]
+            y = type(self)._adapted(x, self.base_layer, chain, self.precision, self._cache, args, kwargs)
+        return y if y.dtype is x.dtype else y.to(x.dtype)
 
     def enable(self):
         """Apply the adapter (the state after construction)."""
@@ -93,8 +99,15 @@ class _HRALayer(nn.Module):
             weight.copy_(rotated)
 
     def merge(self):
-        """W <- W H in place; the forward is then the base layer's. ValueError, and nothing changed, if not finite."""
+        """W <- W H in place; the forward is then the base layer's.
+
+        Raises:
+            TypeError: the weight is quantised, sharded or parametrised. ValueError: the merged weight is not finite.
+            RuntimeError: disabled. Nothing is changed then.
+        """
         if not self.merged:
+            if not self.enabled:
+                raise RuntimeError(f"{type(self).__name__}: the adapter is disabled; enable() it before merging")
             self._rotate_weight(reverse=True)
             self.merged = True
 
@@ -139,7 +152,9 @@ class HRAConv2d(_HRALayer):
     _base_type = nn.Conv2d
     _adapted = staticmethod(adapted_conv2d)
 
-    def _check_base(self, base_layer):
+    @classmethod
+    def check(cls, base_layer, r=8, precision="auto"):
+        super().check(base_layer, r, precision)
         if base_layer.groups > 1:
             raise ValueError(f"HRAConv2d: groups must be 1; got a convolution with groups = {base_layer.groups}")
 
