@@ -1,0 +1,111 @@
+// peftkern._native_cpu: pointers, sizes and strides in; results written through the pointers.
+// `level` names the instruction set (0 portable, 1 avx2, 2 avx512, 3 amx), `threads` is torch's number; the GIL is
+// released. Shapes and formulas: cpu/householder.h. The caller has checked shapes and dtypes and allocated the outputs.
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <stdexcept>
+
+#include "cpu/dispatch.h"
+
+namespace py = pybind11;
+using namespace peftkern;
+using Pointer = uintptr_t;
+
+static void* raw(Pointer p) { return reinterpret_cast<void*>(p); }
+static const double* doubles(Pointer p) { return reinterpret_cast<const double*>(p); }
+
+static Rows rows(Pointer data, int dtype, int64_t stride) { return {raw(data), Dtype(dtype), stride}; }
+
+static Reflectors reflectors(Pointer V, int dtype, int64_t K, int r, int64_t stride_k, int64_t stride_r) {
+  if (r < 1 || r > kMaxRank || K < 1) throw std::invalid_argument("V must be [K, r] with K >= 1 and 1 <= r <= 128");
+  return {raw(V), Dtype(dtype), K, r, stride_k, stride_r};
+}
+
+static const Kernels& kernels(int level) {
+  if (level < kPortable || level > best_level())
+    throw std::invalid_argument("this processor lacks that instruction set");
+  return kernels_of(Level(level));
+}
+
+// The five facts of V, in the order in which Python passes them.
+#define V_ARGS Pointer V, int V_dtype, int64_t K, int r, int64_t stride_k, int64_t stride_r
+#define V_VALUE reflectors(V, V_dtype, K, r, stride_k, stride_r)
+
+static void bind_factor(py::module_& m) {
+  m.def("wy_factor", [](int level, int threads, V_ARGS, Pointer T) {
+    py::gil_scoped_release unlocked;
+    kernels(level).wy_factor(V_VALUE, static_cast<double*>(raw(T)), threads);
+  });
+  m.def("wy_factor_backward", [](int level, int threads, Pointer dT, V_ARGS, Pointer T, Pointer dV) {
+    py::gil_scoped_release unlocked;
+    kernels(level).wy_factor_backward(doubles(dT), V_VALUE, doubles(T), raw(dV), threads);
+  });
+  m.def("orthogonality_penalty", [](int level, int threads, V_ARGS, bool squared) {
+    py::gil_scoped_release unlocked;
+    return kernels(level).penalty(V_VALUE, squared, threads);
+  });
+  m.def("orthogonality_penalty_backward", [](int level, int threads, double grad, V_ARGS, bool squared, Pointer dV) {
+    py::gil_scoped_release unlocked;
+    kernels(level).penalty_backward(grad, V_VALUE, squared, raw(dV), threads);
+  });
+}
+
+static void bind_rotate(py::module_& m) {
+  m.def("project", [](int level, int threads, Pointer x, int dtype, int64_t M, int64_t x_stride, V_ARGS, Pointer P) {
+    py::gil_scoped_release unlocked;
+    kernels(level).project(rows(x, dtype, x_stride), M, V_VALUE, raw(P), threads);
+  });
+  m.def("project_backward", [](int level, int threads, Pointer dP, Pointer x, int dtype, int64_t M, int64_t x_stride,
+                               V_ARGS, Pointer dx, Pointer dV) {
+    py::gil_scoped_release unlocked;
+    kernels(level).project_backward(raw(dP), rows(x, dtype, x_stride), M, V_VALUE, raw(dx), raw(dV), threads);
+  });
+  m.def("rotate", [](int level, int threads, Pointer x, int dtype, int64_t M, int64_t x_stride, V_ARGS, Pointer T,
+                     bool reverse, Pointer z, Pointer P) {
+    py::gil_scoped_release unlocked;
+    kernels(level).rotate(rows(x, dtype, x_stride), M, V_VALUE, doubles(T), reverse, rows(z, dtype, K), raw(P),
+                          threads);
+  });
+  m.def("rotate_backward",
+        [](int level, int threads, Pointer dz, int64_t dz_stride, Pointer x, int dtype, int64_t M, int64_t x_stride,
+           Pointer P, V_ARGS, Pointer T, bool reverse, Pointer dx, Pointer dV, Pointer dT) {
+          py::gil_scoped_release unlocked;
+          kernels(level).rotate_backward(rows(dz, dtype, dz_stride), rows(x, dtype, x_stride), M, raw(P), V_VALUE,
+                                         doubles(T), reverse, raw(dx), raw(dV), static_cast<double*>(raw(dT)), threads);
+        });
+}
+
+static void bind_exact(py::module_& m) {
+  m.def("pack_linear",
+        [](int level, int threads, Pointer x, int dtype, int64_t M, int64_t x_stride, Pointer W, int64_t N,
+           int64_t W_stride, V_ARGS, Pointer T, Pointer xs, Pointer ws, int64_t width, Pointer P) {
+          py::gil_scoped_release unlocked;
+          kernels(level).pack_linear(rows(x, dtype, x_stride), M, rows(W, dtype, W_stride), N, V_VALUE, doubles(T),
+                                     rows(xs, dtype, width), rows(ws, dtype, width), raw(P), threads);
+        });
+  m.def("linear_few_rows", [](int level, int threads, Pointer x, int dtype, int64_t M, int64_t x_stride, Pointer W,
+                              int64_t N, int64_t W_stride, Pointer bias, V_ARGS, Pointer T, Pointer y, Pointer P) {
+    py::gil_scoped_release unlocked;
+    kernels(level).linear_few_rows(rows(x, dtype, x_stride), M, rows(W, dtype, W_stride), N, raw(bias), V_VALUE,
+                                   doubles(T), rows(y, dtype, N), raw(P), threads);
+  });
+}
+
+PYBIND11_MODULE(_native_cpu, m) {
+  m.attr("MAX_RANK") = int(kMaxRank);
+  m.def("best_level", [] { return int(best_level()); }, "Highest level of instruction set that this processor has.");
+  m.def("level_names", [] { return py::make_tuple("portable", "avx2", "avx512", "amx"); });
+  m.def(
+      "features",
+      [] {
+        py::dict out;
+        for (const Feature& feature : processor_features()) out[feature.name] = feature.present;
+        return out;
+      },
+      "Name to bool: what the kernels ask of the processor and the operating system.");
+  bind_factor(m);
+  bind_rotate(m);
+  bind_exact(m);
+}

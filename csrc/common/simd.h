@@ -1,0 +1,98 @@
+// Vectors of fp32 and fp64 lanes for kernels that are compiled once per instruction set.
+// The including file chooses by `#pragma GCC target`: 64-byte vectors with AVX-512, 32 with AVX2, 16 otherwise.
+// Vec<C>::type is a GCC vector [W]; load/store convert fp32 <-> bf16/fp16 with one rounding to nearest even.
+#pragma once
+
+#include "dtype.h"
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define PEFTKERN_VECTOR_BYTES 64
+#define PEFTKERN_ACCUMULATORS 16
+#elif defined(__AVX2__)
+#define PEFTKERN_VECTOR_BYTES 32
+#define PEFTKERN_ACCUMULATORS 8
+#else
+#define PEFTKERN_VECTOR_BYTES 16
+#define PEFTKERN_ACCUMULATORS 8
+#endif
+
+namespace peftkern {
+namespace PEFTKERN_ISA {
+
+template <class C>
+struct Vec {
+  static constexpr int W = PEFTKERN_VECTOR_BYTES / sizeof(C);
+  typedef C type __attribute__((vector_size(PEFTKERN_VECTOR_BYTES)));
+  typedef C unaligned __attribute__((vector_size(PEFTKERN_VECTOR_BYTES), aligned(sizeof(C)), may_alias));
+
+  static type load(const C* p) { return *reinterpret_cast<const unaligned*>(p); }
+  static void store(C* p, type v) { *reinterpret_cast<unaligned*>(p) = v; }
+  static type splat(C c) { return c - type{}; }
+
+  static C sum(type v) {
+    C lanes[W];
+    store(lanes, v);
+    for (int half = W / 2; half > 0; half /= 2)
+      for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+    return lanes[0];
+  }
+};
+
+using VF = Vec<float>;
+typedef uint32_t VU __attribute__((vector_size(PEFTKERN_VECTOR_BYTES)));
+typedef uint16_t VH __attribute__((vector_size(PEFTKERN_VECTOR_BYTES / 2)));
+typedef uint16_t VHu __attribute__((vector_size(PEFTKERN_VECTOR_BYTES / 2), aligned(2), may_alias));
+
+inline VF::type load(const float* p) { return VF::load(p); }
+inline void store(float* p, VF::type v) { VF::store(p, v); }
+
+inline VF::type load(const bf16* p) {
+  VH half = *reinterpret_cast<const VHu*>(p);
+  return (VF::type)(__builtin_convertvector(half, VU) << 16);
+}
+
+inline void store(bf16* p, VF::type v) {
+  VU u = (VU)v;
+  VU rounded = (u + 0x7fffu + (u >> 16 & 1u)) >> 16;
+  VU is_nan = (VU)((u & 0x7fffffffu) > 0x7f800000u);
+  rounded = (rounded & ~is_nan) | (0x7fc0u & is_nan);
+  *reinterpret_cast<VHu*>(p) = __builtin_convertvector(rounded, VH);
+}
+
+inline VF::type load(const fp16* p) {
+#if defined(__AVX512F__)
+  return (VF::type)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  return (VF::type)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  float lanes[VF::W];
+  for (int i = 0; i < VF::W; i++) lanes[i] = to_float(p[i]);
+  return VF::load(lanes);
+#endif
+}
+
+inline void store(fp16* p, VF::type v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  float lanes[VF::W];
+  VF::store(lanes, v);
+  for (int i = 0; i < VF::W; i++) p[i] = to_fp16(lanes[i]);
+#endif
+}
+
+inline float load1(const float* p) { return *p; }
+inline float load1(const bf16* p) { return to_float(*p); }
+inline float load1(const fp16* p) { return to_float(*p); }
+inline void store1(float* p, float v) { *p = v; }
+inline void store1(bf16* p, float v) { *p = to_bf16(v); }
+inline void store1(fp16* p, float v) { *p = to_fp16(v); }
+
+}  // namespace PEFTKERN_ISA
+}  // namespace peftkern

@@ -1,0 +1,66 @@
+// Native CPU API of the householder family: a chain of r reflections in compact WY form, H = I - V T V^T.
+// Dispatch: one table of entry points per instruction set (portable, AVX2, AVX-512); bf16 may go through AMX tiles
+// (amx.h). Shapes: x [M,K], V [K,r] (any strides), T [r,r] fp64 upper triangular, P = x V [M,r], W [N,K].
+#pragma once
+
+#include "../common/dtype.h"
+
+namespace peftkern {
+
+constexpr int kMaxRank = 128;
+
+// Row-major matrix with unit inner stride; stride counts elements between rows.
+struct Rows {
+  void* data;
+  Dtype dtype;
+  int64_t stride;
+};
+
+// V [K,r]; dtype is fp32 or fp64 and decides the arithmetic of the call.
+struct Reflectors {
+  const void* data;
+  Dtype dtype;
+  int64_t K;
+  int r;
+  int64_t stride_k, stride_r;
+};
+
+// Outputs P, dV, dx and T are contiguous; P and dV have V's dtype, dx has dz's. Null dx or dV: not wanted.
+struct Kernels {
+  // T = (striu(V^T V) + diag(|v|^2 / 2))^-1; row and column of a zero reflector are zero.
+  void (*wy_factor)(const Reflectors& V, double* T, int threads);
+  // dV = V (U + U^T + diag(dA)), dA = -T^T dT T^T, U = striu(dA).
+  void (*wy_factor_backward)(const double* dT, const Reflectors& V, const double* T, void* dV, int threads);
+  // P = x V.
+  void (*project)(const Rows& x, int64_t M, const Reflectors& V, void* P, int threads);
+  // dx = dP V^T, dV = x^T dP.
+  void (*project_backward)(const void* dP, const Rows& x, int64_t M, const Reflectors& V, void* dx, void* dV,
+                           int threads);
+  // z = x - S V^T with S = P T^T (x H^T), or S = P T (x H) when reverse.
+  void (*rotate)(const Rows& x, int64_t M, const Reflectors& V, const double* T, bool reverse, const Rows& z, void* P,
+                 int threads);
+  // Q = dz V, R = Q T: dx = dz - R V^T, dV = -dz^T S - x^T R, dT = -Q^T P (T transposed throughout when reverse).
+  void (*rotate_backward)(const Rows& dz, const Rows& x, int64_t M, const void* P, const Reflectors& V, const double* T,
+                          bool reverse, void* dx, void* dV, double* dT, int threads);
+  // xs = [x | S'] and ws = [W | -W V'] in the pair basis V', so that xs ws^T = x H^T W^T in one accumulator.
+  void (*pack_linear)(const Rows& x, int64_t M, const Rows& W, int64_t N, const Reflectors& V, const double* T,
+                      const Rows& xs, const Rows& ws, void* P, int threads);
+  // y = x H^T W^T + bias with x H^T kept in fp32: one read of W, for a handful of rows.
+  void (*linear_few_rows)(const Rows& x, int64_t M, const Rows& W, int64_t N, const void* bias, const Reflectors& V,
+                          const double* T, const Rows& y, void* P, int threads);
+  // |I - U^T U|_F^2 (or its square root) over unit columns of V.
+  double (*penalty)(const Reflectors& V, bool squared, int threads);
+  void (*penalty_backward)(double grad, const Reflectors& V, bool squared, void* dV, int threads);
+};
+
+namespace portable {
+extern const Kernels kernels;
+}
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+
+}  // namespace peftkern

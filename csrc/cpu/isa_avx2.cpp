@@ -1,0 +1,19 @@
+// The kernels for AVX2 + FMA + F16C.
+// Chosen by dispatch.cpp; the standard headers come before the target, so that no shared inline function gets AVX2
+// code. Formulas and shapes: householder.h.
+#if defined(__x86_64__)
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+#include <immintrin.h>
+#include "../common/dtype.h"
+#include "../common/threads.h"
+#include "householder.h"
+#pragma GCC target("avx2,fma,f16c")
+#define PEFTKERN_ISA avx2
+#include "entry.h"
+#endif

@@ -1,0 +1,5 @@
+// The kernels for any processor: vectors of 16 bytes as the compiler's own baseline has them (SSE2, NEON).
+// Chosen by dispatch.cpp where neither AVX2 nor AVX-512 is there.
+// Formulas and shapes: householder.h.
+#define PEFTKERN_ISA portable
+#include "entry.h"

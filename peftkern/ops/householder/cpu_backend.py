@@ -1,0 +1,167 @@
+"""CPU backend of the `householder` operations: C++ kernels (csrc/cpu), chosen by what the processor has.
+
+Half-precision activations are read in place, accumulated in float32 and rounded once. The small algebra (Gram, T and
+the products with T) is float64. Two calls give the same bits, whatever the number of threads.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from peftkern import _native
+
+_library, _level, _reason = _native.cpu()
+
+_CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+_HALF = (torch.bfloat16, torch.float16)
+# Up to here a product that reads W once, with float32 rows, beats copying W for the library's.
+_FEW_ROWS = 8
+
+_empty, _threads = torch.empty, torch.get_num_threads
+
+
+def available():
+    return _library is not None, _reason
+
+
+def supports(name, *args):
+    """`(ok, reason)` for one kind of call; r is bounded by the kernels' scratch rows."""
+    if _library is None:
+        return False, _reason
+    if any(t.device.type != "cpu" for t in args if isinstance(t, torch.Tensor)):
+        return False, "serves CPU tensors only"
+    r = _rank_of[name](*args)
+    if r > _library.MAX_RANK:
+        return False, f"serves up to {_library.MAX_RANK} reflections; this call has {r}"
+    return True, None
+
+
+_rank_of = {
+    "wy_factor": lambda V: V.shape[1],
+    "wy_factor_backward": lambda dT, V, T: V.shape[1],
+    "rotate": lambda x, V, T, reverse: V.shape[1],
+    "rotate_backward": lambda dz, x, P, V, *_: V.shape[1],
+    "rotated_linear": lambda x, weight, bias, V, T: V.shape[1],
+    "project": lambda x, V: V.shape[1],
+    "project_backward": lambda dP, x, V, output_mask: V.shape[1],
+    "orthogonality_penalty": lambda V, squared: V.shape[1],
+    "orthogonality_penalty_backward": lambda grad, V, squared: V.shape[1],
+}
+
+
+def _rows(x, K):
+    """x [..., K] as rows of unit inner stride, and the stride between them; copies only where there is no such view."""
+    if x.is_contiguous():
+        return x, K
+    try:
+        rows = x.view(-1, K)
+    except RuntimeError:
+        return x.contiguous(), K
+    stride_row, stride_col = rows.stride()
+    return (rows, stride_row) if stride_col == 1 else (rows.contiguous(), K)
+
+
+def _factor(V):
+    """The facts of V [K, r] that every kernel takes: pointer, dtype, K, r and both strides."""
+    return V.data_ptr(), _CODES[V.dtype], *V.shape, *V.stride()
+
+
+def wy_factor(V):
+    T = _empty((V.shape[1], V.shape[1]), dtype=torch.float64)
+    _library.wy_factor(_level, _threads(), *_factor(V), T.data_ptr())
+    return T
+
+
+def wy_factor_backward(dT, V, T):
+    dT, T, dV = dT.contiguous(), T.contiguous(), _empty(V.shape, dtype=V.dtype)
+    _library.wy_factor_backward(_level, _threads(), dT.data_ptr(), *_factor(V), T.data_ptr(), dV.data_ptr())
+    return dV
+
+
+def rotate(x, V, T, reverse):
+    K, r = V.shape
+    M, T = x.numel() // K, T.contiguous()
+    rows, stride = _rows(x, K)
+    z, P = _empty(x.shape, dtype=x.dtype), _empty((M, r), dtype=V.dtype)
+    # fmt: off
+    _library.rotate(_level, _threads(), rows.data_ptr(), _CODES[x.dtype], M, stride, *_factor(V), T.data_ptr(), reverse,
+                    z.data_ptr(), P.data_ptr())
+    # fmt: on
+    return z, P
+
+
+def rotate_backward(dz, x, P, V, T, reverse, output_mask):
+    K, want_dx, want_dV = V.shape[0], output_mask[0], output_mask[1]
+    M, P, T = x.numel() // K, P.contiguous(), T.contiguous()
+    rows, stride = _rows(x, K)
+    dz_rows, dz_stride = _rows(dz, K)
+    dx = _empty(dz.shape if want_dx else (0,), dtype=dz.dtype)
+    dV = _empty(V.shape if want_dV else (0,), dtype=V.dtype)
+    dT = _empty(T.shape if want_dV else (0,), dtype=T.dtype)
+    if want_dx or want_dV:
+        # fmt: off
+        _library.rotate_backward(_level, _threads(), dz_rows.data_ptr(), dz_stride, rows.data_ptr(), _CODES[x.dtype], M,
+                                 stride, P.data_ptr(), *_factor(V), T.data_ptr(), reverse,
+                                 dx.data_ptr(), dV.data_ptr(), dT.data_ptr())
+        # fmt: on
+    return dx, dV, dT
+
+
+def rotated_linear(x, weight, bias, V, T):
+    if x.dtype not in _HALF:
+        z, P = rotate(x, V, T, False)
+        return F.linear(z, weight, bias), P
+    K, r = V.shape
+    M, N, T = x.numel() // K, weight.shape[0], T.contiguous()
+    rows, stride = _rows(x, K)
+    W, W_stride = _rows(weight, K)
+    P = _empty((M, r), dtype=V.dtype)
+    if M <= _FEW_ROWS:
+        y = _empty((*x.shape[:-1], N), dtype=x.dtype)
+        b = None if bias is None else bias.contiguous()
+        # fmt: off
+        _library.linear_few_rows(_level, _threads(), rows.data_ptr(), _CODES[x.dtype], M, stride,
+                                 W.data_ptr(), N, W_stride, 0 if b is None else b.data_ptr(), *_factor(V), T.data_ptr(),
+                                 y.data_ptr(), P.data_ptr())
+        # fmt: on
+        return y, P
+    width = K + (r + 31) // 32 * 32
+    xs, ws = _empty((M, width), dtype=x.dtype), _empty((N, width), dtype=x.dtype)
+    # fmt: off
+    _library.pack_linear(_level, _threads(), rows.data_ptr(), _CODES[x.dtype], M, stride, W.data_ptr(), N, W_stride,
+                         *_factor(V), T.data_ptr(), xs.data_ptr(), ws.data_ptr(), width, P.data_ptr())
+    # fmt: on
+    return F.linear(xs, ws, bias).view(*x.shape[:-1], N), P
+
+
+def project(x, V):
+    K, r = V.shape
+    M = x.numel() // K
+    rows, stride = _rows(x, K)
+    P = _empty((M, r), dtype=V.dtype)
+    _library.project(_level, _threads(), rows.data_ptr(), _CODES[x.dtype], M, stride, *_factor(V), P.data_ptr())
+    return P
+
+
+def project_backward(dP, x, V, output_mask):
+    K, want_dx, want_dV = V.shape[0], output_mask[0], output_mask[1]
+    M, dP = x.numel() // K, dP.contiguous()
+    rows, stride = _rows(x, K)
+    dx = _empty(x.shape if want_dx else (0,), dtype=x.dtype)
+    dV = _empty(V.shape if want_dV else (0,), dtype=V.dtype)
+    if want_dx or want_dV:
+        # fmt: off
+        _library.project_backward(_level, _threads(), dP.data_ptr(), rows.data_ptr(), _CODES[x.dtype], M, stride,
+                                  *_factor(V), dx.data_ptr(), dV.data_ptr())
+        # fmt: on
+    return dx, dV
+
+
+def orthogonality_penalty(V, squared):
+    return torch.tensor(_library.orthogonality_penalty(_level, _threads(), *_factor(V), squared), dtype=V.dtype)
+
+
+def orthogonality_penalty_backward(grad, V, squared):
+    dV = _empty(V.shape, dtype=V.dtype)
+    grad = grad.item()
+    _library.orthogonality_penalty_backward(_level, _threads(), grad, *_factor(V), squared, dV.data_ptr())
+    return dV
