@@ -38,6 +38,7 @@ PACKAGE = "peftkern"
 INFO_FILE = "_build_info.json"
 DEFAULT_CUDA_ARCHS = ("80", "90", "100")
 CXX_NAMES = ("g++", "c++", "clang++")
+USUAL_NVCC = "/usr/local/cuda/bin/nvcc"
 
 PURE = "so this is a pure Python install, which runs on plain torch"
 AGAIN = "and run pip install again"
@@ -48,7 +49,7 @@ HOW = {
     f"(Debian, Ubuntu: apt install python3-dev; Fedora: dnf install python3-devel) {AGAIN}",
     "tools": f"the build tools {{names}} are missing, {PURE}; for the CPU library run "
     f"pip install cmake ninja pybind11 {AGAIN}, or install with build isolation",
-    "nvcc": "no nvcc (looked for $CUDACXX, $CUDA_HOME/bin, PATH and /usr/local/cuda/bin)",
+    "nvcc": f"no nvcc (looked for $CUDACXX, $CUDA_HOME/bin/nvcc, nvcc and {USUAL_NVCC})",
 }
 
 
@@ -107,11 +108,11 @@ class Plan:
     reasons: dict
 
 
-def plan(environ, include=None, has_pybind11=None):
+def plan(environ, include=None, scripts=None, has_pybind11=None):
     """Decide what this machine can build. Looks at names on the search path only; runs nothing."""
+    path = environ.get("PATH", "") + os.pathsep + (scripts or sysconfig.get_path("scripts"))
 
     def find(*names):
-        path = environ.get("PATH", "") + os.pathsep + sysconfig.get_path("scripts")
         return next((found for name in names if name and (found := shutil.which(name, path=path))), None)
 
     if enabled(environ, "PEFTKERN_SKIP_NATIVE"):
@@ -135,7 +136,7 @@ def plan(environ, include=None, has_pybind11=None):
         return Plan((), tools, {"cpu": missing, "cuda": "needs the same tools as the CPU library"})
 
     home = environ.get("CUDA_HOME") or environ.get("CUDA_PATH")
-    tools["nvcc"] = find(environ.get("CUDACXX"), home and f"{home}/bin/nvcc", "nvcc", "/usr/local/cuda/bin/nvcc")
+    tools["nvcc"] = find(environ.get("CUDACXX"), home and f"{home}/bin/nvcc", "nvcc", USUAL_NVCC)
     reasons = {}
     if enabled(environ, "PEFTKERN_SKIP_CUDA"):
         reasons["cuda"] = "PEFTKERN_SKIP_CUDA is set"
@@ -148,7 +149,7 @@ def first_error(log):
     """What a build log says went wrong: the compiler's first error, else CMake's, else the last line."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     for line in lines:
-        if re.search(r"(\berror|\bfatal\s*|undefined reference to.*|^Killed.*):", line):
+        if re.search(r"\berror:|\bfatal\s*:|undefined reference|^Killed", line):
             return line
     for i, line in enumerate(lines):
         if line.startswith("CMake Error"):

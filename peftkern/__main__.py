@@ -104,12 +104,12 @@ def built():
     for part in ("cpu", "cuda"):
         facts = info[part]
         label = f"{part.upper()} library"
+        module, failure = _native(part)
         if not facts["built"]:
-            rows.append((label, f"no: {facts['reason']}"))
+            rows.append((label, f"no: {facts['reason']}" if module is None else "yes, but not put here by setup.py"))
             continue
-        module, reason = _native(part)
         if module is None:
-            rows.append((label, f"built by {facts['compiler']}, but does not load: {reason}"))
+            rows.append((label, f"built by {facts['compiler']}, but does not load: {failure}"))
             continue
         text = f"yes, built by {facts['compiler']}"
         if part == "cuda":
@@ -121,10 +121,8 @@ def built():
                 text += f", but the driver serves CUDA {cuda_version(driver)}: update it, or build with a CUDA like it"
             else:
                 text += f", driver for CUDA {cuda_version(driver)}"
-        elif facts.get("openmp"):
-            text += f", OpenMP {facts['openmp']}"
         else:
-            text += ", no OpenMP: one thread"
+            text += f", OpenMP {facts['openmp']}" if facts["openmp"] else ", no OpenMP: one thread"
         if facts.get("sanitized") == "ON":
             text += ", with sanitizers"
         rows.append((label, text))
