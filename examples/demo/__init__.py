@@ -1,0 +1,1 @@
+"""The parts of finetune.py: data, models, training and the report."""
