@@ -15,12 +15,12 @@ HALF = (torch.bfloat16, torch.float16)
 
 def hra_linear(features=(24, 16), dtype=torch.float32, r=4, bias=True, u_dtype=None, **options):
     """An HRALinear with random reflections; u in float32 (float64 over a float64 base) unless u_dtype is given."""
-    return _random(HRALinear(nn.Linear(*features, bias=bias).to(dtype), r, **options), u_dtype)
+    return _random(HRALinear(nn.Linear(*features, bias=bias, dtype=dtype), r, **options), u_dtype)
 
 
 def hra_conv(dtype=torch.float32, r=4, channels=(3, 5), kernel=(3, 2), u_dtype=None, bias=True, layer=None, **geometry):
     """An HRAConv2d with random reflections; `layer` holds the options of the adapter, `geometry` those of nn.Conv2d."""
-    base = nn.Conv2d(*channels, kernel, bias=bias, **geometry).to(dtype)
+    base = nn.Conv2d(*channels, kernel, bias=bias, dtype=dtype, **geometry)
     return _random(HRAConv2d(base, r, **(layer or {})), u_dtype)
 
 
