@@ -1,33 +1,39 @@
 // Vectors of fp32 and fp64 lanes for kernels that are compiled once per instruction set.
-// The including file chooses by `#pragma GCC target`: 64-byte vectors with AVX-512, 32 with AVX2, 16 otherwise.
+// The including file names the set: PEFTKERN_ISA and PEFTKERN_VECTOR_BYTES, 64 with AVX-512, 32 with AVX2 + F16C, else 16.
 // Vec<C>::type is a GCC vector [W]; load/store convert fp32 <-> bf16/fp16 with one rounding to nearest even.
 #pragma once
 
 #include "dtype.h"
 
-#if defined(__AVX512F__) || defined(__AVX2__)
+#if PEFTKERN_VECTOR_BYTES > 16
 #include <immintrin.h>
-#endif
-
-#if defined(__AVX512F__)
-#define PEFTKERN_VECTOR_BYTES 64
-#define PEFTKERN_ACCUMULATORS 16
-#elif defined(__AVX2__)
-#define PEFTKERN_VECTOR_BYTES 32
-#define PEFTKERN_ACCUMULATORS 8
-#else
-#define PEFTKERN_VECTOR_BYTES 16
-#define PEFTKERN_ACCUMULATORS 8
 #endif
 
 namespace peftkern {
 namespace PEFTKERN_ISA {
 
+// Vector registers that a micro-kernel may fill with sums: half of them.
+constexpr int kAccumulators = PEFTKERN_VECTOR_BYTES == 64 ? 16 : 8;
+
+template <class C>
+struct VecTypes;
+// Spelled out per type: GCC lowers a vector_size that depends on a template parameter to 16-byte pieces.
+template <>
+struct VecTypes<float> {
+  typedef float type __attribute__((vector_size(PEFTKERN_VECTOR_BYTES)));
+  typedef float unaligned __attribute__((vector_size(PEFTKERN_VECTOR_BYTES), aligned(4), may_alias));
+};
+template <>
+struct VecTypes<double> {
+  typedef double type __attribute__((vector_size(PEFTKERN_VECTOR_BYTES)));
+  typedef double unaligned __attribute__((vector_size(PEFTKERN_VECTOR_BYTES), aligned(8), may_alias));
+};
+
 template <class C>
 struct Vec {
   static constexpr int W = PEFTKERN_VECTOR_BYTES / sizeof(C);
-  typedef C type __attribute__((vector_size(PEFTKERN_VECTOR_BYTES)));
-  typedef C unaligned __attribute__((vector_size(PEFTKERN_VECTOR_BYTES), aligned(sizeof(C)), may_alias));
+  using type = typename VecTypes<C>::type;
+  using unaligned = typename VecTypes<C>::unaligned;
 
   static type load(const C* p) { return *reinterpret_cast<const unaligned*>(p); }
   static void store(C* p, type v) { *reinterpret_cast<unaligned*>(p) = v; }
@@ -64,9 +70,9 @@ inline void store(bf16* p, VF::type v) {
 }
 
 inline VF::type load(const fp16* p) {
-#if defined(__AVX512F__)
-  return (VF::type)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-#elif defined(__F16C__)
+#if PEFTKERN_VECTOR_BYTES == 64
+  return (VF::type)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif PEFTKERN_VECTOR_BYTES == 32
   return (VF::type)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
   float lanes[VF::W];
@@ -76,9 +82,9 @@ inline VF::type load(const fp16* p) {
 }
 
 inline void store(fp16* p, VF::type v) {
-#if defined(__AVX512F__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__F16C__)
+#if PEFTKERN_VECTOR_BYTES == 64
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif PEFTKERN_VECTOR_BYTES == 32
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 #else
   float lanes[VF::W];

@@ -15,5 +15,6 @@
 #include "householder.h"
 #pragma GCC target("avx2,fma,f16c")
 #define PEFTKERN_ISA avx2
+#define PEFTKERN_VECTOR_BYTES 32
 #include "entry.h"
 #endif

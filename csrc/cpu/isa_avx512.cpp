@@ -15,5 +15,6 @@
 #include "householder.h"
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #define PEFTKERN_ISA avx512
+#define PEFTKERN_VECTOR_BYTES 64
 #include "entry.h"
 #endif

@@ -2,4 +2,5 @@
 // Chosen by dispatch.cpp where neither AVX2 nor AVX-512 is there.
 // Formulas and shapes: householder.h.
 #define PEFTKERN_ISA portable
+#define PEFTKERN_VECTOR_BYTES 16
 #include "entry.h"

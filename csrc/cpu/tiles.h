@@ -134,7 +134,7 @@ void dot_rows(const C* x, int64_t ld, const C* B, int r, int panels, C* lanes) {
 
 template <class C>
 void dot(Tile<C> x, int rows, const C* B, int r, int panels, C* lanes) {
-  constexpr int MR = PEFTKERN_ACCUMULATORS / 4;
+  constexpr int MR = kAccumulators / 4;
   int64_t lane_ld = int64_t(r) * Vec<C>::W;
   int i = 0;
   for (; i + MR <= rows; i += MR) dot_rows<C, MR>(x.data + i * x.ld, x.ld, B, r, panels, lanes + i * lane_ld);
@@ -169,7 +169,7 @@ inline void expand_kernel(const C* x, int64_t ld, const C* S, const C* B, int r,
 template <class C>
 void expand(Tile<C> x, int rows, const C* S, const C* B, int r, C* out, int64_t out_ld) {
   constexpr int NV = kPanel / Vec<C>::W;
-  constexpr int MR = PEFTKERN_ACCUMULATORS > NV ? PEFTKERN_ACCUMULATORS / NV : 1;
+  constexpr int MR = kAccumulators > NV ? kAccumulators / NV : 1;
   int i = 0;
   for (; i + MR <= rows; i += MR)
     expand_kernel<C, MR>(x.data + i * x.ld, x.ld, S + i * r, B, r, out + i * out_ld, out_ld);
@@ -199,7 +199,7 @@ inline void outer_kernel(const C* x, int64_t ld, int rows, const C* S, int r, C*
 template <class C>
 void outer(Tile<C> x, int rows, const C* S, int r, C* D) {
   constexpr int NV = kPanel / Vec<C>::W;
-  constexpr int NR = PEFTKERN_ACCUMULATORS > NV ? PEFTKERN_ACCUMULATORS / NV : 1;
+  constexpr int NR = kAccumulators > NV ? kAccumulators / NV : 1;
   int j = 0;
   for (; j + NR <= r; j += NR) outer_kernel<C, NR>(x.data, x.ld, rows, S + j, r, D + j * kPanel);
   for (; j < r; j++) outer_kernel<C, 1>(x.data, x.ld, rows, S + j, r, D + j * kPanel);

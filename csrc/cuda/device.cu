@@ -3,8 +3,8 @@
 
 #include "cuda/device.h"
 
-#include <cstring>
 #include <cuda_runtime_api.h>
+#include <cstring>
 
 #define PEFTKERN_STRINGIFY(...) #__VA_ARGS__
 #define PEFTKERN_STRING(...) PEFTKERN_STRINGIFY(__VA_ARGS__)

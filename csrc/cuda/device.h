@@ -7,9 +7,9 @@ namespace peftkern::cuda {
 
 struct Device {
   char name[256];
-  int major, minor;          // compute capability
+  int major, minor;  // compute capability
   int multiprocessors;
-  int shared_bytes_per_block; // with opt-in
+  int shared_bytes_per_block;  // with opt-in
   int l2_bytes;
   size_t memory_bytes;
 };
