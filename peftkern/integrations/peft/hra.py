@@ -208,6 +208,8 @@ def served(layer):
     base_layer = layer.get_base_layer()
     if layer.peftkern_precision == "fast":
         return "fast", ""
+    if is_quantised(base_layer):
+        return "fast", f"the base layer is quantised ({type(base_layer).__name__})"
     weight, reason = readable_weight(base_layer, layer._base_class)
     if weight is None:
         return "fast", reason

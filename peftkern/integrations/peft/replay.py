@@ -295,12 +295,10 @@ def _error(value, exact):
 
 def _oracle(layer, call, chain):
     """Output and adapter gradients in float64: one reflection after the other, then the base layer's product."""
-    from peft.utils.integrations import dequantize_module_weight
-
     base_layer = layer.get_base_layer()
     leaves = [u.detach().double().requires_grad_(True) for u, _ in chain]
     vectors = [_unit_columns(u, gs) for u, (_, gs) in zip(leaves, chain, strict=True)]
-    weight = dequantize_module_weight(base_layer).detach().double()
+    weight = _readable(base_layer).detach().double()
     bias = None if base_layer.bias is None else base_layer.bias.detach().double()
     x = call.x.double()
     with torch.autocast(call.autocast[0], enabled=False):
@@ -315,6 +313,14 @@ def _oracle(layer, call, chain):
             y = F.linear(x, weight, bias)
         grads = torch.autograd.grad(y, leaves, call.grad.double(), allow_unused=True, materialize_grads=True)
         return y.detach(), grads
+
+
+def _readable(base_layer):
+    """The weight [N, K]; PEFT's dequantize_module_weight would replace the parameter of an 8-bit layer on the CPU."""
+    from peft.utils.integrations import dequantize_bnb_weight, get_bnb_param_type
+
+    weight = base_layer.weight
+    return dequantize_bnb_weight(weight, getattr(base_layer, "state", None)) if get_bnb_param_type(weight) else weight
 
 
 def _unit_columns(u, gram_schmidt):
