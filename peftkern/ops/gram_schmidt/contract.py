@@ -12,16 +12,27 @@ def _check(V):
     householder._check_factor("projector_factor", V)
 
 
+def _check_orthonormaliser(V):
+    householder._check_factor("orthonormaliser", V)
+
+
+def _fake_square(V):
+    return V.new_empty((V.shape[1], V.shape[1]), dtype=torch.float64)
+
+
 def _check_backward(dT, V, T):
-    householder._check_factor("projector_factor_backward", V, T)
+    householder.check_factor_backward("projector_factor_backward", dT, V, T)
 
 
 PROJECTOR_FACTOR = Operation(
     "projector_factor(Tensor V) -> Tensor",
     FAMILY,
     _check,
-    lambda V: V.new_empty((V.shape[1], V.shape[1]), dtype=torch.float64),
+    _fake_square,
     householder._key_factor,
+)
+ORTHONORMALISER = Operation(
+    "orthonormaliser(Tensor V) -> Tensor", FAMILY, _check_orthonormaliser, _fake_square, householder._key_factor
 )
 PROJECTOR_FACTOR_BACKWARD = Operation(
     "projector_factor_backward(Tensor dT, Tensor V, Tensor T) -> Tensor",

@@ -1,12 +1,14 @@
 """Reference backend of the `gram_schmidt` operations: plain torch, any device.
 
-    Q an orthonormal basis of span(V):  H = I - 2 Q Q^T = I - V T V^T,  T = 2 (V^T V)^-1     (README.md, eq. 1)
+    Q an orthonormal basis of span(V):  H = I - 2 Q Q^T = I - V T V^T,  T = 2 (V^T V)^-1     (README.md, eq. 1 to 3)
 
 Gram-Schmidt meets the columns from left to right; one that depends on those before it (relative squared residual
 below 8 K eps of float64) is dropped: its row and column of T are zero, and so is its gradient.
 """
 
 import torch
+
+from peftkern.ops._transforms import without_autocast
 
 
 def _threshold(V):
@@ -15,29 +17,44 @@ def _threshold(V):
 
 def _independent(C, threshold):
     """Which columns Gram-Schmidt keeps, from the cosine matrix C [r, r]: a boolean [r]."""
-    r = len(C)
-    rest = C.clone()
-    keep = torch.zeros(r, dtype=torch.bool, device=C.device)
-    for j in range(r):
+    rest, keep = C, []
+    for j in range(len(C)):
         pivot = rest[j, j]
-        keep[j] = pivot > threshold
+        keep.append(pivot > threshold)
         row = torch.where(keep[j], rest[j] / pivot, torch.zeros_like(rest[j]))
         rest = rest - rest[:, j, None] * row
-    return keep
+    return torch.stack(keep)
 
 
-def projector_factor(V):
-    """V [K, r] -> T [r, r] float64, symmetric, zero in the rows and columns of dropped columns."""
+def _gram(V):
+    """What both factors start from: the Cholesky factor L of the kept columns' cosines (identity in the dropped rows
+    and columns), 1 / ||v_j||, and which columns are kept (1 or 0); all float64."""
     G = V.double().mT @ V.double()
-    norms = G.diagonal()
-    scale = torch.where(norms > 0, norms.clamp_min(torch.finfo(G.dtype).tiny).rsqrt(), torch.zeros_like(norms))
+    squares = G.diagonal()
+    scale = torch.where(squares == 0, torch.inf, squares).rsqrt()
     C = G * scale * scale[:, None]
     keep = _independent(C.detach(), _threshold(V)).to(G.dtype)
     masked = C * keep * keep[:, None] + torch.diag_embed(1 - keep)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(masked)) - torch.diag_embed(1 - keep)
+    return torch.linalg.cholesky_ex(masked)[0], scale, keep
+
+
+@without_autocast
+def projector_factor(V):
+    """V [K, r] -> T [r, r] float64, symmetric, zero in the rows and columns of dropped columns."""
+    L, scale, keep = _gram(V)
+    inverse = torch.cholesky_inverse(L) - torch.diag_embed(1 - keep)
     return 2 * inverse * scale * scale[:, None]
 
 
+@without_autocast
+def orthonormaliser(V):
+    """V [K, r] -> B [r, r] float64 upper triangular with V B orthonormal, zero columns for the dropped ones."""
+    L, scale, keep = _gram(V)
+    eye = torch.eye(len(L), dtype=L.dtype, device=L.device)
+    return scale[:, None] * torch.linalg.solve_triangular(L.mT, eye, upper=True) * keep
+
+
+@without_autocast
 def projector_factor_backward(dT, V, T):
     """dG = -T dT T / 2 made symmetric; dV = V (dG + dG^T)."""
     dG = -T @ dT @ T / 2

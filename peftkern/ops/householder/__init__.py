@@ -43,15 +43,19 @@ def factor(u, dtype=torch.float32, gram_schmidt=False):
     Args:
         u: [K, r], floating.
         dtype: float32, or float64 for float64 activations: the dtype of V.
-        gram_schmidt: orthonormalise the columns first, H = I - 2 Q Q^T (METHODS of HRA: apply_GS).
+        gram_schmidt: orthonormalise the columns first, H = I - 2 Q Q^T (the apply_GS of PEFT's HRA).
 
     Returns:
-        V [K, r] in `dtype` and T [r, r] float64.
+        V [K, r] in `dtype`, the columns of u (with gram_schmidt an orthonormal basis of them), and T [r, r] float64.
     """
     V = u.to(dtype)
-    if _transforms.needs_reference():
-        return V, (gs_reference.projector_factor if gram_schmidt else reference.wy_factor)(V)
-    return V, (ProjectorFactor if gram_schmidt else autograd.WYFactor).apply(V)
+    by_formula = _transforms.needs_reference()
+    if not gram_schmidt:
+        return V, reference.wy_factor(V) if by_formula else autograd.WYFactor.apply(V)
+    # H depends on the span of V alone: V B stands for V, and B counts as a constant (gram_schmidt/README.md, eq. 3).
+    orthonormaliser = gs_reference.orthonormaliser if by_formula else torch.ops.peftkern.orthonormaliser
+    V = (V.double() @ orthonormaliser(V.detach())).to(dtype)
+    return V, gs_reference.projector_factor(V) if by_formula else ProjectorFactor.apply(V)
 
 
 def compose(factors):
@@ -153,12 +157,14 @@ def low_rank_form(weight, u, gram_schmidt=False):
     Source: README.md, eq. 8 and 9.
     """
     _check("low_rank_form", u, weight=weight)
+    if weight.dim() != 2:
+        raise ValueError(f"low_rank_form: weight must be [N, K = {u.shape[0]}]; got {_checks.describe(weight)}")
     dtype = _transforms.working_dtype(weight, u)
     V, T = factor(u, dtype, gram_schmidt)
     Vp, Cp = reference.pair_basis(V, T, reverse=True)
     rows = weight.to(dtype) if dtype is torch.float64 else weight
     project = reference.project if _transforms.needs_reference() else autograd.Project.apply
-    return Vp.mT, -project(rows, Vp) @ Cp.to(dtype)
+    return Vp.mT, -(project(rows, Vp).double() @ Cp).to(dtype)
 
 
 def orthogonality_penalty(u, weight=1.0, squared=True):
