@@ -231,6 +231,21 @@ def test_classes_derived_from_pefts_and_replaced_forwards_are_left_alone_with_th
     assert type(inner.a) is _Wrapped and type(inner.b) is HRALinear and isinstance(inner.c, Accelerated)
 
 
+@pytest.mark.parametrize(
+    ("x", "error", "sentence"),
+    [
+        (torch.zeros(2, 23), ValueError, "K = 24"),
+        (torch.zeros(2, 24, dtype=torch.int64), TypeError, "the input must be floating; got torch.int64"),
+        (torch.zeros(2, 24, device="meta"), ValueError, "the input is on meta, the adapter on cpu"),
+    ],
+)
+def test_a_wrong_input_is_refused_in_one_sentence(x, error, sentence):
+    _, fast = twins(dtype=torch.float32)
+    with pytest.raises(error, match=sentence) as refusal:
+        fast.base_model.model.a(x)
+    assert "\n" not in str(refusal.value)
+
+
 def test_one_layer_alone_can_be_accelerated():
     layer = get_peft_model(Net().double(), config()).base_model.model.a
     x = inputs()
