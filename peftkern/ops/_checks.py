@@ -1,4 +1,4 @@
-"""Argument checks shared by the contracts: each raises one sentence - which argument, what was wanted, what was seen."""
+"""Argument checks shared by the contracts: each raises one sentence with the argument, what was wanted and seen."""
 
 import torch
 
@@ -25,12 +25,24 @@ def same_device(op, **tensors):
         raise ValueError(f"{op}: all tensors must be on one device; got {seen}")
 
 
+def _is_fake(tensor):
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(tensor, FakeTensor)
+
+
+def _owns_no_memory(tensor):
+    kind = type(tensor)
+    if kind in (torch.Tensor, torch.nn.Parameter) or not hasattr(kind, "__torch_dispatch__"):
+        return False
+    return kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ and not _is_fake(tensor)
+
+
 def plain(op, **tensors):
     """Refuse tensor subclasses that own no memory of their own (DTensor and the like), before a pointer is taken."""
     for name, tensor in tensors.items():
-        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) and hasattr(type(tensor), "__torch_dispatch__"):
-            if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
-                raise TypeError(
-                    f"{op}: {name} must be a plain tensor; got {type(tensor).__name__} (gather it first, e.g. by "
-                    f"applying the parallel wrapper to the adapted layer as a whole)"
-                )
+        if _owns_no_memory(tensor):
+            raise TypeError(
+                f"{op}: {name} must be a plain tensor; got {type(tensor).__name__} (gather it first, e.g. by "
+                f"applying the parallel wrapper to the adapted layer as a whole)"
+            )

@@ -1,5 +1,8 @@
 """What surrounds a call: functorch transforms, forward-mode AD, a backward that is differentiated, the compiler."""
 
+import contextlib
+import functools
+
 import torch
 
 
@@ -18,3 +21,21 @@ def needs_reference():
 def working_dtype(*tensors):
     """float64 if any tensor is float64, else float32: the dtype of parameters inside the operations."""
     return torch.float64 if any(t.dtype is torch.float64 for t in tensors) else torch.float32
+
+
+def no_autocast(device_type):
+    """Context in which autocast casts nothing; free where it is off."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def without_autocast(formula):
+    """The formula, computed in the dtypes it is given: it also runs outside of an operation, which sees to that."""
+
+    @functools.wraps(formula)
+    def run(*args, **kwargs):
+        with no_autocast(args[0].device.type):
+            return formula(*args, **kwargs)
+
+    return run

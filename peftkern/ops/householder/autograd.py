@@ -70,12 +70,14 @@ class RotatedLinear(torch.autograd.Function):
         need_x, need_weight, need_bias, need_V, need_T = ctx.needs_input_grad
         dx = dV = dT = dweight = dbias = None
         if need_x or need_V or need_T:
-            dz = dy.matmul(weight)
+            with _transforms.no_autocast(dy.device.type):
+                dz = dy.matmul(weight)
             dx, dV, dT = _rotate_backward(dz, x, V, T, P, False, (need_x, need_V, need_T))
         if need_weight:
             rotate = reference.rotate if _transforms.differentiating_twice() else _ops.rotate
             z = rotate(x, V, T, False)[0]
-            dweight = dy.reshape(-1, dy.shape[-1]).mT @ z.reshape(-1, z.shape[-1])
+            with _transforms.no_autocast(dy.device.type):
+                dweight = dy.reshape(-1, dy.shape[-1]).mT @ z.reshape(-1, z.shape[-1])
         if need_bias:
             dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
         return dx, dweight, dbias, dV, dT

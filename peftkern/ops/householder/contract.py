@@ -1,6 +1,7 @@
 """Contracts of the `householder` operations: schema, argument check and fake, one place each.
 
-Shapes: x [..., K], M = numel(x) / K rows; V [K, r]; T [r, r] float64; weight [N, K]. V is float32, or float64 when x is.
+Shapes: x [..., K], M = numel(x) / K rows; V [K, r]; T [r, r] float64; weight [N, K]. V is float32,
+or float64 when x is.
 """
 
 import torch
@@ -39,11 +40,15 @@ def check_wy_factor(V):
     _check_factor("wy_factor", V)
 
 
-def check_wy_factor_backward(dT, V, T):
-    _check_factor("wy_factor_backward", V, T)
+def check_factor_backward(op, dT, V, T):
+    _check_factor(op, V, T)
     if dT.shape != T.shape or dT.dtype is not torch.float64:
-        raise ValueError(f"wy_factor_backward: dT must be like T; got {_checks.describe(dT)}")
-    _checks.same_device("wy_factor_backward", dT=dT, V=V, T=T)
+        raise ValueError(f"{op}: dT must be like T; got {_checks.describe(dT)}")
+    _checks.same_device(op, dT=dT, V=V, T=T)
+
+
+def check_wy_factor_backward(dT, V, T):
+    check_factor_backward("wy_factor_backward", dT, V, T)
 
 
 def check_rotate(x, V, T, reverse):
@@ -95,6 +100,8 @@ def check_penalty(V, squared):
 
 def check_penalty_backward(grad, V, squared):
     _check_factor("orthogonality_penalty_backward", V)
+    if grad.dim() != 0 or not grad.is_floating_point():
+        raise ValueError(f"orthogonality_penalty_backward: grad must be one number; got {_checks.describe(grad)}")
     _checks.same_device("orthogonality_penalty_backward", grad=grad, V=V)
 
 

@@ -2,11 +2,14 @@
 
     A = striu(V^T V) + diag(||v||^2 / 2),  T = A^-1,  H = H_0 ... H_{r-1} = I - V T V^T     (README.md, eq. 1 to 3)
 
-Half-precision rows are computed in V's dtype and rounded once, at the end.
+Half-precision rows are computed in V's dtype and rounded once, at the end. Products with the r x r matrix are float64:
+its entries cancel where columns are nearly parallel (README.md, error bounds).
 """
 
 import torch
 import torch.nn.functional as F
+
+from peftkern.ops._transforms import without_autocast
 
 
 def _core(T, reverse):
@@ -14,6 +17,12 @@ def _core(T, reverse):
     return T if reverse else T.mT
 
 
+def _times(P, C):
+    """P C [M, r] in P's dtype, through float64."""
+    return (P.double() @ C).to(P.dtype)
+
+
+@without_autocast
 def wy_factor(V):
     """V [K, r] -> T [r, r] float64, upper triangular; a zero column gives a zero row and column: the identity."""
     G = V.double().mT @ V.double()
@@ -24,6 +33,7 @@ def wy_factor(V):
     return T - torch.diag_embed(zero)
 
 
+@without_autocast
 def wy_factor_backward(dT, V, T):
     """dA = -T^T dT T^T on the upper triangle; dV = V (U + U^T + diag(dA)), U = striu(dA)."""
     dA = torch.triu(-T.mT @ dT @ T.mT)
@@ -31,28 +41,30 @@ def wy_factor_backward(dT, V, T):
     return V @ dG.to(V.dtype)
 
 
+@without_autocast
 def rotate(x, V, T, reverse):
     """z = x - P C V^T with P = x V [M, r] and C = T^T (T when reversed); z like x, P in V's dtype."""
     rows = x.reshape(-1, x.shape[-1]).to(V.dtype)
     P = rows @ V
-    z = torch.addmm(rows, P @ _core(T, reverse).to(V.dtype), V.mT, alpha=-1)
+    z = torch.addmm(rows, _times(P, _core(T, reverse)), V.mT, alpha=-1)
     return z.to(x.dtype).reshape(x.shape), P
 
 
+@without_autocast
 def rotate_backward(dz, x, P, V, T, reverse, output_mask):
     """With S = P C, Q = dz V, R = Q C^T:  dx = dz - R V^T,  dV = -dz^T S - x^T R,  dC = -P^T Q."""
     want_dx, want_dV = output_mask
     dz_rows = dz.reshape(-1, dz.shape[-1]).to(V.dtype)
-    C = _core(T, reverse).to(V.dtype)
+    C = _core(T, reverse)
     Q = dz_rows @ V
-    R = Q @ C.mT
+    R = _times(Q, C.mT)
     dx = torch.addmm(dz_rows, R, V.mT, alpha=-1).to(dz.dtype).reshape(dz.shape) if want_dx else dz.new_empty(0)
     if not want_dV:
         return dx, V.new_empty(0), T.new_empty(0)
     x_rows = x.reshape(-1, x.shape[-1]).to(V.dtype)
-    dV = -(dz_rows.mT @ (P @ C)) - x_rows.mT @ R
-    dT = -(P.mT @ Q) if reverse else -(Q.mT @ P)
-    return dx, dV, dT.double()
+    dV = -(dz_rows.mT @ _times(P, C)) - x_rows.mT @ R
+    dC = -(P.double().mT @ Q.double())
+    return dx, dV, dC if reverse else dC.mT
 
 
 def pair_basis(V, T, reverse):
@@ -73,22 +85,34 @@ def pair_basis(V, T, reverse):
     return Vp, basis @ _core(T, reverse) @ basis.mT
 
 
+def _balance(Vp, Cp):
+    """Powers of two s [r] that bring x Vp Cp / s and W Vp s to one magnitude: float16 has no exponents to spare."""
+    right = Vp.detach().double().norm(dim=0)
+    left = right @ Cp.detach().abs()
+    ratio = torch.where((left > 0) & (right > 0), left / right, torch.ones_like(left))
+    return torch.exp2(torch.round(torch.log2(ratio) / 2))
+
+
+@without_autocast
 def rotated_linear(x, weight, bias, V, T):
-    """y = x H^T W^T + b with one accumulator and one rounding: [x, x Vp Cp] [W, -W Vp]^T (README.md, eq. 10)."""
+    """y = x H^T W^T + b with one accumulator and one rounding: [x, x Vp Cp / s] [W, -W Vp s]^T (README.md, eq. 10)."""
     rows = x.reshape(-1, x.shape[-1])
     Vp, Cp = pair_basis(V, T, reverse=False)
+    scale = _balance(Vp, Cp)
     pad = -V.shape[1] % 32
-    S = F.pad((rows.to(V.dtype) @ Vp @ Cp.to(V.dtype)).to(x.dtype), (0, pad))
-    WV = F.pad((weight.to(V.dtype) @ Vp).to(x.dtype), (0, pad))
+    S = F.pad(_times(rows.to(V.dtype) @ Vp, Cp / scale).to(x.dtype), (0, pad))
+    WV = F.pad((weight.to(V.dtype) @ (Vp * scale.to(V.dtype))).to(x.dtype), (0, pad))
     y = F.linear(torch.cat((rows, S), 1), torch.cat((weight, -WV), 1), bias)
     return y.reshape(*x.shape[:-1], weight.shape[0]), rows.to(V.dtype) @ V
 
 
+@without_autocast
 def project(x, V):
     """P = x V [M, r] in V's dtype."""
     return x.reshape(-1, x.shape[-1]).to(V.dtype) @ V
 
 
+@without_autocast
 def project_backward(dP, x, V, output_mask):
     """dx = dP V^T in x's dtype, dV = x^T dP in V's dtype."""
     want_dx, want_dV = output_mask
@@ -99,25 +123,32 @@ def project_backward(dP, x, V, output_mask):
 def _cosines(V):
     """1 / ||v_j|| (0 for a zero column) and the off-diagonal cosines, float64."""
     G = V.double().mT @ V.double()
-    norms = G.diagonal().sqrt()
-    scale = torch.where(norms > 0, 1 / norms.clamp_min(torch.finfo(G.dtype).tiny), torch.zeros_like(norms))
+    squares = G.diagonal()
+    scale = torch.where(squares > 0, squares, torch.inf).rsqrt()
     C = G * scale * scale[:, None]
     return scale, C - torch.diag_embed(C.diagonal())
 
 
+def _root(total):
+    """The square root, with derivative 0 at 0."""
+    return torch.where(total > 0, total, torch.ones_like(total)).sqrt() * (total > 0)
+
+
+@without_autocast
 def orthogonality_penalty(V, squared):
     """||I - U^T U||_F^2 over the unit columns U of V (its root unless squared); zero columns count nothing."""
     total = _cosines(V)[1].square().sum()
-    return (total if squared else total.sqrt()).to(V.dtype)
+    return (total if squared else _root(total)).to(V.dtype)
 
 
+@without_autocast
 def orthogonality_penalty_backward(grad, V, squared):
     """dV = 4 g V D (C - diag(sum_i C_ij^2)) D with D = 1 / ||v||, C off-diagonal; the root divides by 2 sqrt."""
     scale, C = _cosines(V)
     squares = C.square().sum(0)
     factor = 4 * grad.double()
     if not squared:
-        root = squares.sum().sqrt()
-        factor = torch.where(root > 0, factor / (2 * root.clamp_min(torch.finfo(C.dtype).tiny)), factor * 0)
+        total = squares.sum()
+        factor = torch.where(total > 0, factor / (2 * _root(total) + (total == 0)), torch.zeros_like(factor))
     M = factor * (C - torch.diag_embed(squares)) * scale * scale[:, None]
     return V @ M.to(V.dtype)
