@@ -13,12 +13,13 @@ from peftkern.ops import _transforms
 from peftkern.ops import householder as hh
 from peftkern.ops.householder import autograd, reference
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def _plain(weight):
     """A floating tensor that is no subclass; under functional_call a weight is a Tensor, not a Parameter."""
-    return type(weight) in (torch.nn.Parameter, torch.Tensor) and weight.is_floating_point()
+    return type(weight) in _PLAIN and weight.is_floating_point()
 
 
 def readable_weight(base_layer, layer_type=torch.nn.Linear):
@@ -91,7 +92,7 @@ def factor_chain(chain, dtype, cache=None):
         cache is not None
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        and all(u.device.type == "cpu" and type(u) in (torch.nn.Parameter, torch.Tensor) for u, _ in chain)
+        and all(u.device.type == "cpu" and type(u) in _PLAIN for u, _ in chain)
         and not _transforms.needs_reference()
     )
     return cache.get(chain, dtype) if cacheable else _factor_chain(chain, dtype)
@@ -121,6 +122,12 @@ def _check_input(x, chain):
         return
     if not x.is_floating_point():
         raise TypeError(f"HRA: the input must be floating; got {x.dtype} of shape {list(x.shape)}")
+    for name, tensor in (("input", x), *(("hra_u", u) for u, _ in chain)):
+        if type(tensor) not in _PLAIN and type(tensor).__module__.startswith("torch.distributed"):
+            raise TypeError(
+                f"HRA: the {name} must be a plain tensor; got a {type(tensor).__name__}: let the sharded unit hold the "
+                f"whole adapted layer and be called, so that it gathers its parameters first"
+            )
     if x.device != chain[0][0].device:
         raise ValueError(f"HRA: the input is on {x.device}, the adapter on {chain[0][0].device}; move one of them")
 
