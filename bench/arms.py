@@ -34,7 +34,7 @@ class Arm:
 
 LABELS = {
     "frozen": "frozen layer",
-    "peft": "PEFT 0.21.2",
+    "peft": "PEFT",
     "torch": "plain torch, compact WY",
     "fast": "peftkern, fast",
     "auto": "peftkern, auto",

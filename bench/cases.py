@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +67,10 @@ class Case:
             rows = f"{self.tokens} token{'s' if self.tokens != 1 else ''}"
         dtype = {"fp32": "fp32", "bf16": "bf16", "bf16+fp32": "bf16 + fp32 adapter"}[self.dtype]
         return f"{shape}, {rows}, r {self.r}, {dtype}"
+
+    def fields(self) -> dict[str, object]:
+        """What a result file says of the case."""
+        return {**asdict(self), "id": self.id, "title": self.title}
 
     @property
     def reflector_length(self) -> int:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 
 import pytest
 import torch
 
 from bench import environment
 from bench.arms import LABELS
-from bench.cases import SETS, Case
+from bench.cases import SETS
 from bench.row import Row, measure_row
 
 ROWS = pytest.StashKey[list[Row]]()
@@ -98,10 +97,6 @@ def surroundings() -> dict[str, object]:
         "versions": environment.versions(),
         "commit": environment.commit(),
     }
-
-
-def case_fields(case: Case) -> dict[str, object]:
-    return {**asdict(case), "id": case.id, "title": case.title}
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):

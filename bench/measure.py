@@ -49,8 +49,8 @@ def balanced_orders(count: int) -> list[list[int]]:
 
 @dataclass
 class Plan:
-    """every[arm]: the arm runs in rounds 0, every, 2 every, ...; loops[arm]: calls per timing; primed: arms that run once
-    untimed before each timing."""
+    """every[arm]: the arm runs in rounds 0, every, 2 every, ...; loops[arm]: calls per timing; primed: arms that run
+    once untimed before each timing."""
 
     rounds: int
     every: dict[str, int]

@@ -2,8 +2,6 @@
 
 import pytest
 
-from bench.conftest import case_fields
-
 
 def test_layer(row, arm, benchmark, replay, surroundings):
     if arm in row.absent:
@@ -11,7 +9,7 @@ def test_layer(row, arm, benchmark, replay, surroundings):
     if arm in row.refused:
         pytest.fail(row.refused[arm], pytrace=False)
     benchmark.group = row.case.id
-    benchmark.extra_info.update(case=case_fields(row.case), arm=arm, **row.info[arm], **surroundings)
+    benchmark.extra_info.update(case=row.case.fields(), arm=arm, **row.info[arm], **surroundings)
     if arm == "frozen":
         benchmark.extra_info.update(not_available=row.absent, refused=row.refused)
     replay(benchmark, list(row.times[arm].values()))

@@ -1,0 +1,106 @@
+"""The tables of README.md, generated from a result file between two markers."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from bench.measure import GAIN_SIZES
+from bench.result import CaseResult, Result, megabytes, ratio
+
+BEGIN, END = "<!-- bench:hra:begin -->", "<!-- bench:hra:end -->"
+GAIN_CASE = "linear-2048x2048-t1024-r8-bf16+fp32"
+
+
+class MarkersMissing(ValueError):
+    pass
+
+
+def _measured(case: CaseResult, arm: str) -> str:
+    if arm not in case.arms:
+        return "refused" if arm in case.arms["frozen"].info.get("refused", {}) else "–"
+    value, target = case.arms[arm].overhead, case.target(arm)
+    text = ratio(value)
+    if target is None:
+        return text
+    # Judged as printed: 1.064 prints as 1.06 and meets 1.06.
+    return f"**{text}** ✓" if float(text) <= target else f"**{text}** ✗ (target {target:g})"
+
+
+def _saved(case: CaseResult, arm: str) -> str:
+    if arm not in case.arms or case.arms[arm].saved is None:
+        return "–"
+    entry = case.arms[arm]
+    return megabytes(entry.saved + entry.kept_x)
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+def block(result: Result) -> str:
+    """Markdown between the markers, without them."""
+    lines = [
+        "One HRA layer, forward + backward, time relative to the frozen base layer (1.00 is the physical limit); "
+        "the last two columns are what it keeps in memory for backward:",
+        "",
+    ]
+    rows = []
+    for case in result.table():
+        title = case.case["title"]
+        if case.case["kind"] == "decode":
+            title = title.replace("1 token", "1 token, forward only")
+        cells = [_measured(case, arm) for arm in ("peft", "torch", "fast", "auto")]
+        rows.append([title, *cells, _saved(case, "peft"), _saved(case, "auto")])
+    head = ["layer", "PEFT", "plain torch", "peftkern `fast`", "peftkern `auto`", "PEFT keeps", "peftkern keeps"]
+    lines += _table(head, rows)
+
+    gains = result.cases.get(GAIN_CASE)
+    if gains and any("gain" in entry.info for entry in gains.arms.values()):
+        lines += ["", "How much of a small update reaches the output (bf16 base, fp32 adapter; 100 % keeps it):", ""]
+        arms = [("PEFT", "peft"), ("plain torch", "torch"), ("peftkern `fast`", "fast"), ("peftkern `auto`", "auto")]
+        rows = []
+        for label, arm in arms:
+            found = [gains.arms[arm].gain(size) if arm in gains.arms else None for size in GAIN_SIZES]
+            rows.append([label, *("–" if value is None else f"{100 * value:.0f} %" for value in found)])
+        lines += _table(["update, relative to the output", *(f"{size:g}" for size in GAIN_SIZES)], rows)
+
+    if result.import_seconds is not None:
+        lines += ["", f"`import peftkern` takes {1e3 * result.import_seconds:.0f} ms beyond torch."]
+    lines += ["", f"Measured {result.date} on {result.setting()} (`bench/results/{result.name}`)."]
+    return "\n".join(lines)
+
+
+def _split(text: str, where: str) -> tuple[str, str, str]:
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise MarkersMissing(f"{where} must hold one line `{BEGIN}` and after it one line `{END}`; it does not")
+    before, rest = text.split(BEGIN)
+    inside, after = rest.split(END)
+    return before, inside, after
+
+
+def write(result: Result, path: Path) -> None:
+    """Put the generated tables between the markers of `path`. Raises MarkersMissing."""
+    before, _, after = _split(path.read_text(), str(path))
+    path.write_text(f"{before}{BEGIN}\n{block(result)}\n{END}{after}")
+
+
+def check(path: Path, results: Path) -> str | None:
+    """None where the tables of `path` are those of the result file they name; else a sentence that says what is wrong.
+
+    Empty markers are right as long as there is no result file.
+    """
+    _, inside, _ = _split(path.read_text(), str(path))
+    inside = inside.strip()
+    if not inside:
+        files = sorted(results.glob("*.json"))
+        return f"{path} has no tables though {files[0]} exists; run `make report`" if files else None
+    source = re.search(r"\(`bench/results/([^`/]+)`\)", inside)
+    if source is None:
+        return f"the tables in {path} do not name their result file; run `make report`"
+    file = results / source[1]
+    if not file.exists():
+        return f"{path} was made from {file}, which does not exist; run `make report`"
+    if inside != block(Result.load(file)):
+        return f"the tables in {path} are not those of {file}; run `make report`"
+    return None

@@ -1,0 +1,141 @@
+"""A result file of pytest-benchmark, read back as cases and arms."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+TARGETS = json.loads((Path(__file__).parent / "targets.json").read_text())
+
+
+@dataclass
+class Entry:
+    """One arm of one case: the extra_info of its row and pytest-benchmark's statistics of its seconds."""
+
+    info: dict
+    stats: dict
+
+    @property
+    def overhead(self) -> float:
+        return self.info["overhead"]["median_of_ratios"]
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """Quartiles of the per-round ratios."""
+        return self.info["overhead"]["q1"], self.info["overhead"]["q3"]
+
+    @property
+    def saved(self) -> int | None:
+        return self.info.get("saved_beyond_frozen_bytes")
+
+    @property
+    def kept_x(self) -> int:
+        return self.info.get("saved_x_bytes", 0)
+
+    def error_ratio(self, *parts: str) -> float | None:
+        """Largest of the ratios of the named parts to the baseline's."""
+        ratios = self.info.get("error_ratio", {})
+        found = [ratios[part] for part in parts if part in ratios]
+        return max(found) if found else None
+
+    def gain(self, size: float) -> float | None:
+        return self.info.get("gain", {}).get(f"{size:g}")
+
+
+@dataclass
+class CaseResult:
+    case: dict
+    arms: dict[str, Entry] = field(default_factory=dict)
+
+    def why_missing(self, arm: str) -> str | None:
+        """The reason an arm has no row, as the run noted it."""
+        info = self.arms["frozen"].info
+        return info.get("refused", {}).get(arm) or info.get("not_available", {}).get(arm)
+
+    def target(self, arm: str) -> float | None:
+        return TARGETS["overhead"].get(self.case["id"], {}).get(arm)
+
+    def saved_target(self) -> int | None:
+        """O(tokens r) + O(width r) in bytes; None where the case keeps nothing for backward."""
+        if self.case["kind"] == "decode":
+            return None
+        width = self.case["width_in"] * (9 if self.case["kind"] == "conv" else 1)
+        factor = TARGETS["saved_bytes_per_entry_of_tokens_by_r_and_width_by_r"]
+        return factor * self.case["r"] * (self.case["tokens"] + width)
+
+    def speedup(self, arm: str) -> float | None:
+        """PEFT's overhead over that of `arm`."""
+        if "peft" in self.arms and arm in self.arms:
+            return self.arms["peft"].overhead / self.arms[arm].overhead
+        return None
+
+
+@dataclass
+class Result:
+    name: str
+    machine: dict
+    versions: dict
+    commit: str | None
+    date: str
+    cases: dict[str, CaseResult]
+    import_seconds: float | None
+
+    @classmethod
+    def load(cls, path: Path) -> Result:
+        """Read a JSON file written by `--benchmark-json`. Raises ValueError with a sentence where it holds no rows."""
+        data = json.loads(Path(path).read_text())
+        rows = [row for row in data["benchmarks"] if "case" in row["extra_info"]]
+        if not rows:
+            raise ValueError(f"{path} holds no rows of these benchmarks; run `make bench` first")
+        cases: dict[str, CaseResult] = {}
+        import_seconds = None
+        for row in rows:
+            info = row["extra_info"]
+            if info["case"]["kind"] == "import":
+                import_seconds = row["stats"]["median"]
+                continue
+            case = cases.setdefault(info["case"]["id"], CaseResult(info["case"]))
+            case.arms[info["arm"]] = Entry(info, row["stats"])
+        first = rows[0]["extra_info"]
+        return cls(
+            name=Path(path).name,
+            machine=first["machine"],
+            versions=first["versions"],
+            commit=first["commit"],
+            date=data["datetime"][:10],
+            cases={name: case for name, case in cases.items() if "frozen" in case.arms},
+            import_seconds=import_seconds,
+        )
+
+    def of_kind(self, *kinds: str) -> list[CaseResult]:
+        return [case for case in self.cases.values() if case.case["kind"] in kinds]
+
+    def table(self) -> list[CaseResult]:
+        """The cases that have a target, in the targets' order."""
+        return [self.cases[name] for name in TARGETS["overhead"] if name in self.cases]
+
+    def setting(self) -> str:
+        """One sentence: machine, threads, versions, commit."""
+        machine, versions = self.machine, self.versions
+        features = "AMX" if "amx_bf16" in machine["features"] else "AVX-512" if "avx512f" in machine["features"] else ""
+        cpu = f"{machine['cpu']}{f' with {features}' if features else ''}"
+        listed = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+        return f"{cpu}, {machine['cores']} cores, {machine['threads']} threads; {listed}; commit {self.commit}"
+
+
+def megabytes(count: float | None) -> str:
+    if count is None:
+        return "–"
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            value = count / size
+            return f"{value:.0f} {unit}" if value >= 10 else f"{value:.1f} {unit}"
+    return f"{count:.0f} B"
+
+
+def ratio(value: float | None) -> str:
+    """An overhead: two decimals near 1, fewer where they mean nothing."""
+    if value is None:
+        return "–"
+    return f"{value:.2f}" if value < 3 else f"{value:.1f}" if value < 20 else f"{value:.0f}"
