@@ -65,11 +65,13 @@ test-all: $(STATE)/dev  ## run the slow tests as well
 demo: $(STATE)/demo  ## fine-tune a real model with PEFT, then with PEFT accelerated (ARGS="--help" lists options)
 	$(PY) examples/finetune.py $(ARGS)
 
-bench: $(STATE)/bench  ## measure against plain PEFT and the frozen layer
-	$(PY) -m pytest bench --benchmark-only $(ARGS)
+bench: $(STATE)/bench  ## measure against plain PEFT and the frozen layer (ARGS="--bench-set full" for every shape)
+	@mkdir -p bench/results
+	result=$(or $(RESULT),bench/results/$$($(PY) -m bench.environment).json); \
+	  $(PY) -m pytest bench --benchmark-only --benchmark-columns=min,median,iqr,rounds --benchmark-json=$$result $(ARGS)
 
 report: $(STATE)/bench  ## make the benchmark page and the README's tables from the measurements
-	$(PY) -m bench.report $(ARGS)
+	$(PY) -m bench.report $(RESULT) $(ARGS)
 
 lint: $(STATE)/dev  ## check the style of Python and C++
 	$(PY) -m ruff check .
