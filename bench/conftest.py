@@ -91,10 +91,11 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def surroundings() -> dict[str, object]:
-    """Machine, versions and commit: the extra_info that every row shares."""
+    """Machine, versions, backends and commit: the extra_info that every row shares."""
     return {
         "machine": environment.machine(),
         "versions": environment.versions(),
+        "backends": environment.backends(),
         "commit": environment.commit(),
     }
 

@@ -61,8 +61,20 @@ def versions() -> dict[str, str | None]:
     return {"python": platform.python_version(), **found}
 
 
+def backends() -> dict[str, str]:
+    """Which backend serves each operation on this machine's CPU."""
+    try:
+        from peftkern import dispatch
+    except ImportError:
+        return {}
+    served = {}
+    for name, operation in dispatch.operations().items():
+        served[name] = next((backend for backend, ok, _ in operation.explain_static("cpu") if ok), "none")
+    return served
+
+
 def commit() -> str | None:
-    """The commit of this tree, with `+` where tracked files differ from it; None outside a git checkout."""
+    """The commit of this tree, with `+` where other tracked files than results differ; None outside a git checkout."""
     root = Path(__file__).parent.parent
 
     def git(*args: str) -> str | None:
@@ -73,7 +85,9 @@ def commit() -> str | None:
         return run.stdout.strip() if run.returncode == 0 else None
 
     head = git("rev-parse", "--short=12", "HEAD")
-    return head and head + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    return head and head + (
+        "+" if git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results", ":!README.md") else ""
+    )
 
 
 def slug() -> str:

@@ -239,6 +239,7 @@ def _section(title: str, text: str, body: str) -> str:
 def render(result: Result) -> str:
     """The whole page as one string."""
     linear = result.of_kind("linear")
+    served = ", ".join(f"{operation} {backend}" for operation, backend in sorted(result.backends.items()))
     sections = [
         _section(
             "Measured against the targets",
@@ -306,7 +307,8 @@ def render(result: Result) -> str:
             " are compared with a float64 computation that shares no formula with it; an arm that fails is not "
             "timed. Slow arms run in fewer rounds. The adapter is one whose pairs of vectors have moved 10 % "
             "apart.",
-            f'<p class="small soft">{escape(result.setting())}. Measured {result.date}: {escape(result.name)}.</p>',
+            f'<p class="small soft">{escape(result.setting())}. Measured {result.date}: {escape(result.name)}.</p>'
+            f'<p class="small soft">Served by: {escape(served)}.</p>',
         )
     )
     return (

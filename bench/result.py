@@ -76,6 +76,7 @@ class Result:
     name: str
     machine: dict
     versions: dict
+    backends: dict
     commit: str | None
     date: str
     cases: dict[str, CaseResult]
@@ -102,6 +103,7 @@ class Result:
             name=Path(path).name,
             machine=first["machine"],
             versions=first["versions"],
+            backends=first["backends"],
             commit=first["commit"],
             date=data["datetime"][:10],
             cases={name: case for name, case in cases.items() if "frozen" in case.arms},
@@ -116,12 +118,16 @@ class Result:
         return [self.cases[name] for name in TARGETS["overhead"] if name in self.cases]
 
     def setting(self) -> str:
-        """One sentence: machine, threads, versions, commit."""
+        """One sentence: machine, threads, versions, backends that served, commit."""
         machine, versions = self.machine, self.versions
         features = "AMX" if "amx_bf16" in machine["features"] else "AVX-512" if "avx512f" in machine["features"] else ""
         cpu = f"{machine['cpu']}{f' with {features}' if features else ''}"
         listed = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
-        return f"{cpu}, {machine['cores']} cores, {machine['threads']} threads; {listed}; commit {self.commit}"
+        served = " and ".join(sorted(set(self.backends.values()))) or "none"
+        return (
+            f"{cpu}, {machine['cores']} cores, {machine['threads']} threads; {listed}; "
+            f"peftkern's backends {served}; commit {self.commit}"
+        )
 
 
 def megabytes(count: float | None) -> str:

@@ -14,6 +14,7 @@ SURROUNDINGS = {
         "system": "Linux",
     },
     "versions": {"python": "3.11.7", "torch": "2.13.0", "peft": "0.21.2", "peftkern": "0.1.0"},
+    "backends": {"rotate": "cpu", "projector_factor": "reference"},
     "commit": "0123456789ab",
 }
 TIMES = {"frozen": 1.0, "peft": 24.0, "torch": 1.6, "fast": 1.14, "auto": 1.24, "exact": 1.25}
