@@ -1,6 +1,6 @@
 // Vectors of fp32 and fp64 lanes for kernels that are compiled once per instruction set.
-// The including file names the set: PEFTKERN_ISA and PEFTKERN_VECTOR_BYTES, 64 with AVX-512, 32 with AVX2 + F16C, else 16.
-// Vec<C>::type is a GCC vector [W]; load/store convert fp32 <-> bf16/fp16 with one rounding to nearest even.
+// The including file names the set: PEFTKERN_ISA and PEFTKERN_VECTOR_BYTES, 64 with AVX-512, 32 with AVX2 + F16C,
+// else 16. Vec<C>::type is a GCC vector [W]; load/store convert fp32 <-> bf16/fp16 with one rounding to nearest even.
 #pragma once
 
 #include "dtype.h"
@@ -83,7 +83,8 @@ inline VF::type load(const fp16* p) {
 
 inline void store(fp16* p, VF::type v) {
 #if PEFTKERN_VECTOR_BYTES == 64
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT));
 #elif PEFTKERN_VECTOR_BYTES == 32
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 #else

@@ -56,6 +56,7 @@ Level best_level() {
     std::vector<Feature> have = processor_features();
     if (have[0].present) best = kAvx2;
     if (best == kAvx2 && have[1].present) best = kAvx512;
+    if (best == kAvx512 && have[2].present && have[3].present) best = kAmx;
 #endif
     return best;
   }();
@@ -64,7 +65,8 @@ Level best_level() {
 
 const Kernels& kernels_of(Level level) {
 #if defined(__x86_64__)
-  if (level >= kAvx512) return avx512::kernels;
+  if (level == kAmx) return amx::kernels();
+  if (level == kAvx512) return avx512::kernels;
   if (level == kAvx2) return avx2::kernels;
 #endif
   (void)level;

@@ -26,9 +26,13 @@ inline void pack_linear(const Rows& x, int64_t M, const Rows& W, int64_t N, cons
   int r = reflectors.r;
   int64_t K = reflectors.K, pad = xs.stride - K, x_blocks = ceil_div(M, kBlock),
           blocks = x_blocks + ceil_div(N, kBlock);
-  Panels<float> V(reflectors, threads);
-  PairBasis basis(r);
-  change_to_pair_basis(V, T, basis);
+  Panels<float> V(reflectors, true, threads);
+  Buffer<float> factors(r);
+  Buffer<double> small(int64_t(r) * padded_rank(r));
+  balance_columns(V, factors.data());
+  to_pair_basis(T, r, true, small.data());
+  for (int i = 0; i < r; i++)
+    for (int j = 0; j < r; j++) small[i * padded_rank(r) + j] /= double(factors[i]) * factors[j];
   threads = useful_threads(threads, blocks, (M + N) * K * r);
   Workspace<float> workspace(r, threads);
 #pragma omp parallel num_threads(threads)
@@ -43,8 +47,9 @@ inline void pack_linear(const Rows& x, int64_t M, const Rows& W, int64_t N, cons
       if (is_x) {
         float* P = static_cast<float*>(P_out) + row0 * r;
         shrink(x, row0, rows, K, V, P, scratch);
-        multiply_small(P, rows, r, basis.small.data(), tail);
-        to_plain_basis(P, rows, r, basis.scale.data());
+        multiply_small(P, rows, r, small.data(), tail);
+        for (int i = 0; i < rows * r; i++) P[i] /= factors[i % r];
+        to_plain_basis(P, rows, r);
         write_augmented(x, tail, row0, rows, K, r, pad, xs);
       } else {
         shrink(W, row0, rows, K, V, product, scratch);

@@ -62,5 +62,8 @@ extern const Kernels kernels;
 namespace avx512 {
 extern const Kernels kernels;
 }
+namespace amx {
+const Kernels& kernels();
+}
 
 }  // namespace peftkern

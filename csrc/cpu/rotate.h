@@ -75,7 +75,7 @@ template <class C>
 void project(const Rows& x, int64_t M, const Reflectors& reflectors, C* P, int threads) {
   int r = reflectors.r;
   int64_t K = reflectors.K, blocks = ceil_div(M, kBlock);
-  Panels<C> V(reflectors, threads);
+  Panels<C> V(reflectors, false, threads);
   threads = useful_threads(threads, blocks, M * K * r);
   Workspace<C> workspace(r, threads);
 #pragma omp parallel num_threads(threads)
@@ -125,7 +125,7 @@ void project_backward(const C* dP, const Rows& x, int64_t M, const Reflectors& r
                       int threads) {
   int r = reflectors.r, requested = threads;
   int64_t K = reflectors.K, sum_rows = rows_per_sum(M), sums = ceil_div(M, sum_rows);
-  Panels<C> V(reflectors, threads);
+  Panels<C> V(reflectors, false, threads);
   Rows out = {dx, x.dtype, K};
   int64_t dV_size = dV ? V.count * r * kPanel : 0;
   Buffer<C> partial_dV(sums * dV_size);
@@ -162,7 +162,7 @@ void rotate(const Rows& x, int64_t M, const Reflectors& reflectors, const double
             int threads) {
   int r = reflectors.r;
   int64_t K = reflectors.K, blocks = ceil_div(M, kBlock);
-  Panels<C> V(reflectors, threads);
+  Panels<C> V(reflectors, false, threads);
   Buffer<double> small(int64_t(r) * padded_rank(r));
   pad_matrix(T, r, !reverse, small.data());
   threads = useful_threads(threads, blocks, 2 * M * K * r);
@@ -191,7 +191,7 @@ void rotate_backward(const Rows& dz, const Rows& x, int64_t M, const C* P, const
                      const double* T, bool reverse, void* dx, C* dV, double* dT, int threads) {
   int r = reflectors.r, rp = padded_rank(r), requested = threads;
   int64_t K = reflectors.K, sum_rows = rows_per_sum(M), sums = ceil_div(M, sum_rows);
-  Panels<C> V(reflectors, threads);
+  Panels<C> V(reflectors, false, threads);
   Rows out = {dx, dz.dtype, K};
   // Without dV a partial sum is only a unit of scheduling.
   int64_t dV_size = dV ? V.count * r * kPanel : 0, dT_size = dV ? int64_t(rp) * rp : 0;

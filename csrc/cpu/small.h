@@ -17,20 +17,30 @@ inline void pad_matrix(const double* A, int r, bool transpose, double* out) {
     for (int j = 0; j < rp; j++) out[i * rp + j] = j >= r ? 0 : transpose ? A[j * r + i] : A[i * r + j];
 }
 
+template <class C, int MR>
+inline void multiply_small_rows(const C* A, int r, const double* B, C* out) {
+  using V = Vec<double>;
+  int rp = padded_rank(r);
+  double row[MR][kMaxRank];
+  for (int c = 0; c < rp; c += V::W) {
+    V::type acc[MR] = {};
+    for (int j = 0; j < r; j++) {
+      V::type b = V::load(B + j * rp + c);
+      for (int i = 0; i < MR; i++) acc[i] += double(A[i * r + j]) * b;
+    }
+    for (int i = 0; i < MR; i++) V::store(row[i] + c, acc[i]);
+  }
+  for (int i = 0; i < MR; i++)
+    for (int j = 0; j < r; j++) out[i * r + j] = C(row[i][j]);
+}
+
 // out [rows][r] = A [rows][r] * B [r][rp], accumulated in fp64, rounded once to C.
 template <class C>
 void multiply_small(const C* A, int rows, int r, const double* B, C* out) {
-  using V = Vec<double>;
-  int rp = padded_rank(r);
-  double row[128];
-  for (int i = 0; i < rows; i++) {
-    for (int c = 0; c < rp; c += V::W) {
-      V::type acc = {};
-      for (int j = 0; j < r; j++) acc += double(A[i * r + j]) * V::load(B + j * rp + c);
-      V::store(row + c, acc);
-    }
-    for (int j = 0; j < r; j++) out[i * r + j] = C(row[j]);
-  }
+  constexpr int MR = 8;
+  int i = 0;
+  for (; i + MR <= rows; i += MR) multiply_small_rows<C, MR>(A + i * r, r, B, out + i * r);
+  for (; i < rows; i++) multiply_small_rows<C, 1>(A + i * r, r, B, out + i * r);
 }
 
 // out [rp][rp] += sign * A^T B over `rows` rows of A, B [rows][rp]; with upper, blocks strictly below the diagonal are
@@ -75,17 +85,22 @@ inline void invert_upper(const double* A, int r, double* T) {
   }
 }
 
-// G [r][r] = C M C^T where V = V' C and V' = [(v0 + v1)/2, v0 - v1, ...]; an odd last column stays as it is.
+// G [r][rp] = C M C^T (M^T when transpose) with V = V' C, V' the pair basis of panels.h; an odd last column stays as it
+// is.
 inline void to_pair_basis(const double* M, int r, bool transpose, double* G) {
+  int rp = padded_rank(r);
   auto at = [&](int i, int j) { return transpose ? M[j * r + i] : M[i * r + j]; };
   auto row = [&](int i, int j) {
     if (i + 1 >= r && i % 2 == 0) return at(i, j);
     return i % 2 == 0 ? at(i, j) + at(i + 1, j) : (at(i - 1, j) - at(i, j)) / 2;
   };
   for (int i = 0; i < r; i++)
-    for (int j = 0; j < r; j++) {
-      bool single = j + 1 >= r && j % 2 == 0;
-      G[i * r + j] = single ? row(i, j) : j % 2 == 0 ? row(i, j) + row(i, j + 1) : (row(i, j - 1) - row(i, j)) / 2;
+    for (int j = 0; j < rp; j++) {
+      bool single = j + 1 == r && j % 2 == 0;
+      G[i * rp + j] = j >= r       ? 0
+                      : single     ? row(i, j)
+                      : j % 2 == 0 ? row(i, j) + row(i, j + 1)
+                                   : (row(i, j - 1) - row(i, j)) / 2;
     }
 }
 

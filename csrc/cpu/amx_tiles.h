@@ -1,0 +1,273 @@
+// bf16 products on AMX tiles with fp32 sums: a block of 32 rows X [32,K] against packed reflectors V [K,r].
+// Used by isa_amx.cpp; K is a multiple of 32 and X is exact in bf16, so only V and S are split into bf16 hi + lo.
+// shrink P = X V, expand X - S V^T (S_hi V_hi + S_hi V_lo + S_lo V_hi), outer D -= S^T X.
+#pragma once
+
+#include "exact.h"
+
+namespace peftkern {
+namespace PEFTKERN_ISA {
+
+constexpr int kTile = 512;  // bf16 elements of a 1 KiB tile: 16 rows of 32, or 16 pairs of rows of 16
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// The compiler does not know that tile instructions read memory: without this it may move or drop the stores before
+// them.
+inline void finish_stores() { asm volatile("" ::: "memory"); }
+
+// `rows` is the height of tiles 0 to 5; tiles 6 and 7 are always whole. Costs about 170 cycles: once per phase of a
+// block.
+inline void configure_tiles(int rows) {
+  TileConfig config;
+  for (int t = 0; t < 6; t++) config.rows[t] = uint8_t(rows);
+  asm volatile("" ::"r"(&config) : "memory");
+  _tile_loadconfig(&config);
+}
+
+typedef uint16_t Half16 __attribute__((vector_size(32)));
+typedef uint16_t Half32 __attribute__((vector_size(64)));
+
+inline Half16 round_bf16(VF::type v) { return (Half16)_mm512_cvtneps_pbh((__m512)v); }
+inline VF::type widen_bf16(Half16 h) { return (VF::type)(__builtin_convertvector(h, VU) << 16); }
+
+// One 64-byte row of a tile: elements of a and b alternate.
+inline Half32 interleave(Half16 a, Half16 b) {
+  return (Half32)(__builtin_convertvector(a, VU) | __builtin_convertvector(b, VU) << 16);
+}
+
+inline Half32 interleave_low(Half32 a, Half32 b) {
+  return __builtin_shuffle(a, b, (Half32){0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                          8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47});
+}
+
+inline Half32 interleave_high(Half32 a, Half32 b) {
+  return __builtin_shuffle(a, b, (Half32){16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
+                                          24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63});
+}
+
+inline Half32 load_half32(const uint16_t* p) { return (Half32)_mm512_loadu_si512(p); }
+inline void store_half32(uint16_t* p, Half32 v) { _mm512_storeu_si512(p, (__m512i)v); }
+
+// V in the two layouts that tile products read, in the pair basis, negated for expand.
+class TilePanels {
+ public:
+  TilePanels(const Reflectors& V, int threads)
+      : r(V.r),
+        columns(int(ceil_div(V.r, 16))),
+        terms(int(ceil_div(3 * V.r, 32))),
+        panels(V.K / kPanel),
+        shrink_(panels * columns * 2 * kTile),
+        expand_(panels * 2 * terms * kTile) {
+    Panels<float> source(V, true, threads);
+    threads = useful_threads(threads, panels, V.K * V.r * 4);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t p = 0; p < panels; p++) pack(source.panel(p), p);
+  }
+
+  // Tile (k, j) of panel p: part 0 is hi, part 1 lo.
+  const uint16_t* shrink(int64_t p, int column, int part) const {
+    return shrink_.data() + ((p * columns + column) * 2 + part) * kTile;
+  }
+  // Tile (term and rank, k) of 16 columns, `half` 0 or 1 of panel p.
+  const uint16_t* expand(int64_t p, int half, int term) const {
+    return expand_.data() + ((p * 2 + half) * terms + term) * kTile;
+  }
+
+  const int r, columns, terms;
+  const int64_t panels;
+
+ private:
+  void pack(const float* v, int64_t p) {
+    uint16_t* tiles = shrink_.data() + p * columns * 2 * kTile;
+    uint16_t* rows = expand_.data() + p * 2 * terms * kTile;
+    memset(tiles, 0, columns * 2 * kTile * sizeof(uint16_t));
+    memset(rows, 0, 2 * terms * kTile * sizeof(uint16_t));
+    alignas(64) uint16_t hi[kMaxRank][kPanel], lo[kMaxRank][kPanel];
+    for (int j = 0; j < r; j++)
+      for (int half = 0; half < 2; half++) {
+        VF::type value = VF::load(v + j * kPanel + half * 16);
+        Half16 high = round_bf16(value), low = round_bf16(value - widen_bf16(high));
+        memcpy(&hi[j][half * 16], &high, sizeof high);
+        memcpy(&lo[j][half * 16], &low, sizeof low);
+      }
+    for (int j = 0; j < r; j++)
+      for (int pair = 0; pair < 16; pair++) {
+        uint16_t* tile = tiles + j / 16 * 2 * kTile + (pair * 16 + j % 16) * 2;
+        memcpy(tile, &hi[j][2 * pair], 4);
+        memcpy(tile + kTile, &lo[j][2 * pair], 4);
+      }
+    // Row t of the expand operand is -V_hi, -V_lo, -V_hi of reflection t mod r.
+    for (int t = 0; t < 3 * r; t++) {
+      const uint16_t* source = t / r == 1 ? lo[t - r] : hi[t % r];
+      for (int k = 0; k < kPanel; k++)
+        rows[(k / 16 * terms + t / 32) * kTile + (t % 32 / 2 * 16 + k % 16) * 2 + t % 2] = source[k] ^ 0x8000;
+    }
+  }
+
+  Buffer<uint16_t> shrink_, expand_;
+};
+
+// Bf16 rows of one block: in place, or a zero-padded copy where the block has fewer than 32 rows.
+struct HalfBlock {
+  const uint16_t* data;
+  int64_t stride;
+};
+
+inline HalfBlock whole_block(const Rows& x, int64_t row0, int rows, int64_t K, uint16_t* scratch) {
+  if (rows == kBlock) return {reinterpret_cast<const uint16_t*>(address(x, row0, 0)), x.stride};
+  memset(scratch, 0, kBlock * K * sizeof(uint16_t));
+  for (int i = 0; i < rows; i++) memcpy(scratch + i * K, address(x, row0 + i, 0), K * sizeof(uint16_t));
+  return {scratch, K};
+}
+
+// P [32][r] = X V; sums is [32][columns * 16]. Tiles 0 to 3 hold two row tiles times two column tiles.
+inline void tile_shrink(HalfBlock x, const TilePanels& V, float* sums, float* P) {
+  int64_t x_bytes = x.stride * 2, ld = V.columns * 16;
+  finish_stores();
+  for (int column = 0; column < V.columns; column += 2) {
+    bool two = column + 1 < V.columns;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t p = 0; p < V.panels; p++) {
+      const uint16_t* rows = x.data + p * kPanel;
+      _tile_loadd(4, rows, x_bytes);
+      _tile_loadd(5, rows + 16 * x.stride, x_bytes);
+      for (int part = 0; part < 2; part++) {
+        _tile_loadd(6, V.shrink(p, column, part), 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 5, 6);
+        if (!two) continue;
+        _tile_loadd(7, V.shrink(p, column + 1, part), 64);
+        _tile_dpbf16ps(2, 4, 7);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+    }
+    _tile_stored(0, sums + column * 16, ld * 4);
+    _tile_stored(1, sums + column * 16 + 16 * ld, ld * 4);
+    if (!two) continue;
+    _tile_stored(2, sums + column * 16 + 16, ld * 4);
+    _tile_stored(3, sums + column * 16 + 16 + 16 * ld, ld * 4);
+  }
+  for (int i = 0; i < kBlock; i++) memcpy(P + i * V.r, sums + i * ld, V.r * sizeof(float));
+}
+
+// hi + lo = value to 16 significant bits.
+inline void split_bf16(const float* values, int n, uint16_t* hi, uint16_t* lo) {
+  int i = 0;
+  for (; i + 16 <= n; i += 16) {
+    VF::type value = VF::load(values + i);
+    Half16 high = round_bf16(value), low = round_bf16(value - widen_bf16(high));
+    memcpy(hi + i, &high, sizeof high);
+    memcpy(lo + i, &low, sizeof low);
+  }
+  for (; i < n; i++) {
+    hi[i] = to_bf16(values[i]).bits;
+    lo[i] = to_bf16(values[i] - to_float(bf16{hi[i]})).bits;
+  }
+}
+
+// Left operand of expand, [32 rows][terms * 32]: S_hi, S_hi, S_lo along the inner dimension, then zeros.
+inline void pack_expand_rows(const uint16_t* hi, const uint16_t* lo, int r, int terms, uint16_t* out) {
+  for (int i = 0; i < kBlock; i++, hi += r, lo += r, out += terms * 32) {
+    for (int j = 0; j < r; j++) out[j] = out[r + j] = hi[j];
+    for (int j = 0; j < r; j++) out[2 * r + j] = lo[j];
+    for (int t = 3 * r; t < terms * 32; t++) out[t] = 0;
+  }
+}
+
+// out = X - S V^T, one rounding; sums is [32][32] of scratch per panel.
+inline void tile_expand(HalfBlock x, int rows, const uint16_t* S, const TilePanels& V, uint16_t* out,
+                        int64_t out_stride, float* sums) {
+  int64_t S_bytes = V.terms * 64;
+  finish_stores();
+  for (int64_t p = 0; p < V.panels; p++) {
+    float* sum = sums + p % 2 * kBlock * kPanel;
+    for (int half = 0; half < 2; half++) {
+      _tile_zero(0);
+      _tile_zero(1);
+      for (int term = 0; term < V.terms; term++) {
+        _tile_loadd(6, V.expand(p, half, term), 64);
+        _tile_loadd(4, S + term * 32, S_bytes);
+        _tile_loadd(5, S + term * 32 + 16 * V.terms * 32, S_bytes);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 5, 6);
+      }
+      _tile_stored(0, sum + half * 16, kPanel * 4);
+      _tile_stored(1, sum + half * 16 + 16 * kPanel, kPanel * 4);
+    }
+    for (int i = 0; i < rows; i++) {
+      const bf16* row = reinterpret_cast<const bf16*>(x.data + i * x.stride + p * kPanel);
+      VF::type low = load(row) + VF::load(sum + i * kPanel);
+      VF::type high = load(row + 16) + VF::load(sum + i * kPanel + 16);
+      store_half32(out + i * out_stride + p * kPanel, (Half32)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+    }
+  }
+}
+
+// Left operand of outer: -S^T, hi then lo, [columns][2][height][32 rows of the block].
+inline void pack_outer_rows(const uint16_t* hi, const uint16_t* lo, int r, int columns, int height, uint16_t* out) {
+  memset(out, 0, columns * 2 * kTile * sizeof(uint16_t));
+  for (int j = 0; j < r; j++) {
+    uint16_t* tile = out + j / height * 2 * kTile + j % height * 32;
+    for (int i = 0; i < kBlock; i++) {
+      tile[i] = hi[i * r + j] ^ 0x8000;
+      tile[kTile + i] = lo[i * r + j] ^ 0x8000;
+    }
+  }
+}
+
+// Right operand of outer: 32 rows of X, 32 columns, as two tiles of row pairs.
+inline void pack_row_pairs(const uint16_t* x, int64_t stride, uint16_t* tiles) {
+  for (int pair = 0; pair < 16; pair++) {
+    Half32 even = load_half32(x + 2 * pair * stride), odd = load_half32(x + (2 * pair + 1) * stride);
+    store_half32(tiles + pair * 32, interleave_low(even, odd));
+    store_half32(tiles + kTile + pair * 32, interleave_high(even, odd));
+  }
+}
+
+// D -= S^T dz + R^T x for one block; D is [K/16][columns][height][16] fp32, tiles 0 to 5 have `height` rows.
+inline void tile_outer(HalfBlock dz, HalfBlock x, const uint16_t* S, const uint16_t* R, int columns, int height,
+                       int64_t panels, uint16_t* pairs, float* D) {
+  uint16_t *dz_pairs = pairs, *x_pairs = pairs + 2 * kTile;
+  for (int64_t p = 0; p < panels; p++) {
+    pack_row_pairs(dz.data + p * kPanel, dz.stride, dz_pairs);
+    pack_row_pairs(x.data + p * kPanel, x.stride, x_pairs);
+    finish_stores();
+    for (int column = 0; column < columns; column++) {
+      float* d = D + (p * 2 * columns + column) * height * 16;
+      int64_t next_half = int64_t(columns) * height * 16;
+      if (columns > 1 || p == 0) {
+        _tile_loadd(2, S + column * 2 * kTile, 64);
+        _tile_loadd(3, S + column * 2 * kTile + kTile, 64);
+        _tile_loadd(4, R + column * 2 * kTile, 64);
+        _tile_loadd(5, R + column * 2 * kTile + kTile, 64);
+      }
+      _tile_loadd(0, d, 64);
+      _tile_loadd(1, d + next_half, 64);
+      _tile_loadd(6, dz_pairs, 64);
+      _tile_loadd(7, dz_pairs + kTile, 64);
+      _tile_dpbf16ps(0, 2, 6);
+      _tile_dpbf16ps(1, 2, 7);
+      _tile_dpbf16ps(0, 3, 6);
+      _tile_dpbf16ps(1, 3, 7);
+      _tile_loadd(6, x_pairs, 64);
+      _tile_loadd(7, x_pairs + kTile, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(0, 5, 6);
+      _tile_dpbf16ps(1, 5, 7);
+      _tile_stored(0, d, 64);
+      _tile_stored(1, d + next_half, 64);
+    }
+  }
+}
+
+}  // namespace PEFTKERN_ISA
+}  // namespace peftkern
