@@ -56,7 +56,7 @@ def positive(text):
 
 def run_worker(name, options):
     """Run one part of the demo in a process of its own, with this one's arguments, and return what it found."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
     done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--worker", name], env=environment, check=False)
     if done.returncode:
         raise data.DemoError(f"The {name} run ended early (exit status {done.returncode}).")

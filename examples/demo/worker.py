@@ -18,9 +18,10 @@ def prepared(options):
     """(task, device) for the command line's options, libraries told to leave the terminal alone."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", module="peft")
+    warnings.filterwarnings("ignore", module="peft|transformers")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return models.TASKS[options.model](options.cache), device
+    with report.busy("loading data and model"):
+        return models.TASKS[options.model](options.cache), device
 
 
 def build(task, options, device, arm):
