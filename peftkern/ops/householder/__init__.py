@@ -130,10 +130,12 @@ def hra_linear(x, weight, bias, u, precision="auto"):
             raise ValueError(
                 f"hra_linear: weight must be [N, {u.shape[0]}] in x's dtype {x.dtype}; got {_checks.describe(weight)}"
             )
-        if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype is not x.dtype):
-            raise ValueError(
-                f"hra_linear: bias must be {x.dtype} of shape {[weight.shape[0]]}; got {_checks.describe(bias)}"
-            )
+        if bias is not None:
+            _checks.same_device("hra_linear", x=x, bias=bias)
+            if bias.shape != weight.shape[:1] or bias.dtype is not x.dtype:
+                raise ValueError(
+                    f"hra_linear: bias must be {x.dtype} of shape {[weight.shape[0]]}; got {_checks.describe(bias)}"
+                )
     V, T = factor(u, _transforms.working_dtype(x))
     if precision == "exact" or (precision == "auto" and x.dtype in HALF):
         return apply_factor_linear(x, weight, bias, V, T)
@@ -156,10 +158,14 @@ def low_rank_form(weight, u, gram_schmidt=False):
 
     Source: README.md, eq. 8 and 9.
     """
-    _check("low_rank_form", u, weight=weight)
-    if weight.dim() != 2:
-        raise ValueError(f"low_rank_form: weight must be [N, K = {u.shape[0]}]; got {_checks.describe(weight)}")
+    if not torch.compiler.is_compiling():
+        _check("low_rank_form", u, weight=weight)
+        if weight.dim() != 2:
+            raise ValueError(f"low_rank_form: weight must be [N, K = {u.shape[0]}]; got {_checks.describe(weight)}")
     dtype = _transforms.working_dtype(weight, u)
+    if gram_schmidt:
+        # A is the basis itself here, so the triangular factor does not count as a constant.
+        u = u.double() @ gs_reference.orthonormaliser(u.to(dtype))
     V, T = factor(u, dtype, gram_schmidt)
     Vp, Cp = reference.pair_basis(V, T, reverse=True)
     rows = weight.to(dtype) if dtype is torch.float64 else weight
