@@ -54,8 +54,7 @@ def linear(x, weight, bias, u):
 def penalty(u, squared=True):
     """||I - U^T U||_F^2 (its root unless squared) over the non-zero columns at unit length, float64."""
     U = unit(u.double()[:, (u.detach() != 0).any(0)])
-    rest = torch.eye(U.shape[1], dtype=torch.float64) - U.T @ U
-    total = sum((rest[i, j] ** 2 for i in range(len(rest)) for j in range(len(rest)) if i != j), U.new_zeros(()))
+    total = (torch.eye(U.shape[1], dtype=torch.float64) - U.T @ U).fill_diagonal_(0).square().sum()
     return total if squared else total.sqrt()
 
 

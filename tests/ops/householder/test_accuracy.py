@@ -48,7 +48,7 @@ def test_exact_is_as_accurate_as_peft(backend, M, K, N, r, dtype, u_dtype):
 
 @pytest.mark.xfail(reason="dz = dy W is rounded to half precision before it meets the columns")
 @pytest.mark.parametrize("dtype, u_dtype", DTYPES[3:], ids=IDS[3:])
-@pytest.mark.parametrize("M, K, N, r", SHAPES)
+@pytest.mark.parametrize("M, K, N, r", SHAPES[1:2])
 def test_exact_gives_float32_columns_a_float32_gradient(backend, M, K, N, r, dtype, u_dtype):
     *tensors, dy = problem(M, K, N, r, dtype, u_dtype)
     truth = oracle.value_and_gradients(oracle.linear, [t.double() for t in tensors], dy)[4:]

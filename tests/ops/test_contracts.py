@@ -1,0 +1,169 @@
+"""Completeness: every operation has a schema, a fake that agrees with it, a reference, and passes opcheck."""
+
+import importlib
+import inspect
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import peftkern
+
+
+def factor(K=13, r=3, dtype=torch.float32):
+    V = torch.randn(K, r, dtype=dtype)
+    with peftkern.use_backend("reference"):
+        return V, torch.ops.peftkern.wy_factor(V)
+
+
+def rows(*shape, dtype=torch.bfloat16):
+    return torch.randn(*shape, 13).to(dtype)
+
+
+def small(*shape, dtype=torch.float32):
+    return torch.randn(shape, dtype=dtype)
+
+
+V, T = factor()
+V64, T64 = factor(dtype=torch.float64)
+wide = small(6, 13).T[:, ::2]  # [13, 3], neither stride 1
+strided = rows(4, 5).transpose(0, 1)
+
+# At least one call of every operation; the last ones of each have strided, empty or single-row arguments.
+SAMPLES = {
+    "wy_factor": [(V,), (V64,), (wide,)],
+    "wy_factor_backward": [(small(3, 3, dtype=torch.float64), V, T), (T.T, wide, T)],
+    "rotate": [
+        (rows(4, 5), V, T, False),
+        (rows(4, 5, dtype=torch.float64), V64, T64, True),
+        (strided, wide, T.T, True),
+        (rows(0), V, T, False),
+        (rows(), V, T, False),
+    ],
+    "rotate_backward": [
+        (rows(4, 5), rows(4, 5), small(20, 3), V, T, False, [True, True]),
+        (rows(4, 5), rows(4, 5), small(20, 3), V, T, True, [False, True]),
+        (rows(4, 5), rows(4, 5), small(20, 3), V, T, True, [True, False]),
+        (rows(1)[0].expand(5, 4, 13), strided, small(3, 20).T, wide, T, False, [True, True]),
+        (rows(0), rows(0), small(0, 3), V, T, False, [True, True]),
+    ],
+    "rotated_linear": [
+        (rows(4, 5), small(7, 13).bfloat16(), small(7).bfloat16(), V, T),
+        (rows(4, 5, dtype=torch.float32), small(7, 13), None, V, T),
+        (rows(40, dtype=torch.float16), small(7, 13).half(), None, V, T),
+        (strided, small(13, 7).bfloat16().T, small(14).bfloat16()[::2], wide, T),
+        (rows(1), small(7, 13).bfloat16(), None, V, T),
+        (rows(0), small(7, 13).bfloat16(), None, V, T),
+        (rows(), small(7, 13).bfloat16(), None, V, T),
+    ],
+    "project": [(rows(4, 5), V), (rows(4, dtype=torch.float64), V64), (strided, wide), (rows(0), V)],
+    "project_backward": [
+        (small(20, 3), rows(4, 5), V, [True, True]),
+        (small(3, 20).T, strided, wide, [False, True]),
+        (small(0, 3), rows(0), V, [True, True]),
+    ],
+    "orthogonality_penalty": [(V, True), (V64, False), (wide, True)],
+    "orthogonality_penalty_backward": [
+        (small(), V, True),
+        (small(dtype=torch.float64), V64, False),
+        (small(), wide, True),
+    ],
+    "projector_factor": [(V,), (V64,), (wide,)],
+    "projector_factor_backward": [(small(3, 3, dtype=torch.float64), V, T), (T.T, wide, T)],
+    "orthonormaliser": [(V,), (V64,), (wide,)],
+}
+CALLS = [(name, i) for name, samples in SAMPLES.items() for i in range(len(samples))]
+
+
+def op(name):
+    return getattr(torch.ops.peftkern, name)
+
+
+@pytest.fixture
+def served(backend, request):
+    """The backend, where it serves this operation; elsewhere the reference stands for it and is tested as such."""
+    name = request.getfixturevalue("name")
+    _, ok, reason = peftkern.operations()[name].explain(*SAMPLES[name][0])[0]
+    if not ok:
+        pytest.skip(f"backend {backend}: {name}: {reason}")
+    return backend
+
+
+def test_every_operation_has_a_sample():
+    assert set(SAMPLES) == set(peftkern.operations())
+
+
+def test_every_registered_operation_is_known():
+    registered = {
+        schema.name.removeprefix("peftkern::")
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("peftkern::")
+    }
+    assert registered == set(peftkern.operations())
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_every_operation_has_a_schema_a_fake_a_reference_and_a_check(name):
+    operation = peftkern.operations()[name]
+    schema = op(name).default._schema
+    assert schema.returns and not schema.is_mutable
+    assert not any(argument.alias_info for argument in [*schema.arguments, *schema.returns])
+    names = [argument.name for argument in schema.arguments]
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"peftkern::{name}", "Meta")
+    for function in (getattr(importlib.import_module(f"{operation.family}.reference"), name), operation.check):
+        assert list(inspect.signature(function).parameters) == names
+    family = importlib.import_module(operation.family)
+    for module in ("cpu_backend", "triton_backend", "cuda_backend"):
+        if importlib.util.find_spec(f"{family.__name__}.{module}"):
+            native = importlib.import_module(f"{family.__name__}.{module}")
+            assert {"supports", "available"} <= set(vars(native))
+            if hasattr(native, name):
+                assert list(inspect.signature(getattr(native, name)).parameters) == names
+
+
+@pytest.mark.parametrize("name, sample", CALLS)
+def test_opcheck(served, name, sample):
+    results = torch.library.opcheck(op(name).default, SAMPLES[name][sample])
+    assert set(results.values()) == {"SUCCESS"}
+
+
+def described(result):
+    tensors = result if isinstance(result, (tuple, list)) else (result,)
+    return [(tuple(t.shape), t.stride(), t.dtype, t.device.type, t.storage_offset()) for t in tensors]
+
+
+@pytest.mark.parametrize("name, sample", CALLS)
+def test_the_fake_tells_shape_strides_and_dtype_of_the_real_result(served, name, sample):
+    arguments = SAMPLES[name][sample]
+    real = op(name)(*arguments)
+    with FakeTensorMode() as mode:
+        fake = op(name)(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments))
+    assert described(fake) == described(real)
+    on_meta = op(name)(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments))
+    assert [d[:3] for d in described(on_meta)] == [d[:3] for d in described(real)]
+
+
+@pytest.mark.parametrize("name, sample", CALLS)
+def test_outputs_share_no_memory_and_inputs_are_not_written(served, name, sample):
+    arguments = SAMPLES[name][sample]
+    before = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+    results = op(name)(*arguments)
+    results = results if isinstance(results, (tuple, list)) else (results,)
+    pointers = [
+        t.untyped_storage().data_ptr() for t in (*results, *(a for a in arguments if isinstance(a, torch.Tensor)))
+    ]
+    outputs = [p for p in pointers[: len(results)] if p]
+    assert len(set(outputs)) == len(outputs) and not set(outputs) & set(pointers[len(results) :])
+    for a, b in zip(arguments, before, strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    assert all(t.isfinite().all() for t in results)
+
+
+@pytest.mark.parametrize("backend", ("cpu",), indirect=True)
+@pytest.mark.parametrize("name, sample", CALLS)
+def test_a_native_backend_agrees_with_the_reference(served, name, sample):
+    results = op(name)(*SAMPLES[name][sample])
+    with peftkern.use_backend("reference"):
+        wanted = op(name)(*SAMPLES[name][sample])
+    for ours, theirs in zip(*((r if isinstance(r, (tuple, list)) else (r,)) for r in (results, wanted)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-2 if ours.dtype is torch.bfloat16 else 1e-4, atol=2e-3)
