@@ -40,18 +40,23 @@ inline Half32 interleave(Half16 a, Half16 b) {
   return (Half32)(__builtin_convertvector(a, VU) | __builtin_convertvector(b, VU) << 16);
 }
 
-inline Half32 interleave_low(Half32 a, Half32 b) {
-  return __builtin_shuffle(a, b, (Half32){0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-                                          8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47});
-}
-
-inline Half32 interleave_high(Half32 a, Half32 b) {
-  return __builtin_shuffle(a, b, (Half32){16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
-                                          24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63});
-}
-
 inline Half32 load_half32(const uint16_t* p) { return (Half32)_mm512_loadu_si512(p); }
 inline void store_half32(uint16_t* p, Half32 v) { _mm512_storeu_si512(p, (__m512i)v); }
+
+// hi + lo = value to 16 significant bits.
+inline void split_bf16(const float* values, int n, uint16_t* hi, uint16_t* lo) {
+  int i = 0;
+  for (; i + 16 <= n; i += 16) {
+    VF::type value = VF::load(values + i);
+    Half16 high = round_bf16(value), low = round_bf16(value - widen_bf16(high));
+    memcpy(hi + i, &high, sizeof high);
+    memcpy(lo + i, &low, sizeof low);
+  }
+  for (; i < n; i++) {
+    hi[i] = to_bf16(values[i]).bits;
+    lo[i] = to_bf16(values[i] - to_float(bf16{hi[i]})).bits;
+  }
+}
 
 // V in the two layouts that tile products read, in the pair basis, negated for expand.
 class TilePanels {
@@ -83,30 +88,28 @@ class TilePanels {
 
  private:
   void pack(const float* v, int64_t p) {
+    // hi, lo, hi of every reflection: the rows t of the expand operand, zeros up to whole tiles.
+    alignas(64) uint16_t split[3 * kMaxRank + 32][kPanel];
+    for (int j = 0; j < r; j++) split_bf16(v + j * kPanel, kPanel, split[j], split[r + j]);
+    memcpy(split[2 * r], split[0], r * sizeof split[0]);
+    memset(split[3 * r], 0, (terms * 32 - 3 * r) * sizeof split[0]);
+
     uint16_t* tiles = shrink_.data() + p * columns * 2 * kTile;
-    uint16_t* rows = expand_.data() + p * 2 * terms * kTile;
     memset(tiles, 0, columns * 2 * kTile * sizeof(uint16_t));
-    memset(rows, 0, 2 * terms * kTile * sizeof(uint16_t));
-    alignas(64) uint16_t hi[kMaxRank][kPanel], lo[kMaxRank][kPanel];
     for (int j = 0; j < r; j++)
-      for (int half = 0; half < 2; half++) {
-        VF::type value = VF::load(v + j * kPanel + half * 16);
-        Half16 high = round_bf16(value), low = round_bf16(value - widen_bf16(high));
-        memcpy(&hi[j][half * 16], &high, sizeof high);
-        memcpy(&lo[j][half * 16], &low, sizeof low);
+      for (int part = 0; part < 2; part++)
+        for (int pair = 0; pair < 16; pair++)
+          memcpy(tiles + (j / 16 * 2 + part) * kTile + (pair * 16 + j % 16) * 2, &split[part * r + j][2 * pair], 4);
+
+    tiles = expand_.data() + p * 2 * terms * kTile;
+    Half32 minus = (Half32){} + uint16_t(0x8000);
+    for (int half = 0; half < 2; half++)
+      for (int pair = 0; pair < terms * 16; pair++, tiles += 32) {
+        Half16 even, odd;
+        memcpy(&even, &split[2 * pair][half * 16], sizeof even);
+        memcpy(&odd, &split[2 * pair + 1][half * 16], sizeof odd);
+        store_half32(tiles, interleave(even, odd) ^ minus);
       }
-    for (int j = 0; j < r; j++)
-      for (int pair = 0; pair < 16; pair++) {
-        uint16_t* tile = tiles + j / 16 * 2 * kTile + (pair * 16 + j % 16) * 2;
-        memcpy(tile, &hi[j][2 * pair], 4);
-        memcpy(tile + kTile, &lo[j][2 * pair], 4);
-      }
-    // Row t of the expand operand is -V_hi, -V_lo, -V_hi of reflection t mod r.
-    for (int t = 0; t < 3 * r; t++) {
-      const uint16_t* source = t / r == 1 ? lo[t - r] : hi[t % r];
-      for (int k = 0; k < kPanel; k++)
-        rows[(k / 16 * terms + t / 32) * kTile + (t % 32 / 2 * 16 + k % 16) * 2 + t % 2] = source[k] ^ 0x8000;
-    }
   }
 
   Buffer<uint16_t> shrink_, expand_;
@@ -158,21 +161,6 @@ inline void tile_shrink(HalfBlock x, const TilePanels& V, float* sums, float* P)
   for (int i = 0; i < kBlock; i++) memcpy(P + i * V.r, sums + i * ld, V.r * sizeof(float));
 }
 
-// hi + lo = value to 16 significant bits.
-inline void split_bf16(const float* values, int n, uint16_t* hi, uint16_t* lo) {
-  int i = 0;
-  for (; i + 16 <= n; i += 16) {
-    VF::type value = VF::load(values + i);
-    Half16 high = round_bf16(value), low = round_bf16(value - widen_bf16(high));
-    memcpy(hi + i, &high, sizeof high);
-    memcpy(lo + i, &low, sizeof low);
-  }
-  for (; i < n; i++) {
-    hi[i] = to_bf16(values[i]).bits;
-    lo[i] = to_bf16(values[i] - to_float(bf16{hi[i]})).bits;
-  }
-}
-
 // Left operand of expand, [32 rows][terms * 32]: S_hi, S_hi, S_lo along the inner dimension, then zeros.
 inline void pack_expand_rows(const uint16_t* hi, const uint16_t* lo, int r, int terms, uint16_t* out) {
   for (int i = 0; i < kBlock; i++, hi += r, lo += r, out += terms * 32) {
@@ -182,30 +170,35 @@ inline void pack_expand_rows(const uint16_t* hi, const uint16_t* lo, int r, int 
   }
 }
 
-// out = X - S V^T, one rounding; sums is [32][32] of scratch per panel.
+// sum [32][32] = -S V^T on panel p.
+inline void tile_expand_panel(const uint16_t* S, const TilePanels& V, int64_t p, float* sum) {
+  for (int half = 0; half < 2; half++) {
+    _tile_zero(0);
+    _tile_zero(1);
+    for (int term = 0; term < V.terms; term++) {
+      _tile_loadd(6, V.expand(p, half, term), 64);
+      _tile_loadd(4, S + term * 32, V.terms * 64);
+      _tile_loadd(5, S + term * 32 + 16 * V.terms * 32, V.terms * 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 5, 6);
+    }
+    _tile_stored(0, sum + half * 16, kPanel * 4);
+    _tile_stored(1, sum + half * 16 + 16 * kPanel, kPanel * 4);
+  }
+}
+
+// out = X - S V^T, one rounding; sums is scratch for two panels [32][32]: the tiles work one panel ahead of the
+// additions.
 inline void tile_expand(HalfBlock x, int rows, const uint16_t* S, const TilePanels& V, uint16_t* out,
                         int64_t out_stride, float* sums) {
-  int64_t S_bytes = V.terms * 64;
   finish_stores();
+  tile_expand_panel(S, V, 0, sums);
   for (int64_t p = 0; p < V.panels; p++) {
-    float* sum = sums + p % 2 * kBlock * kPanel;
-    for (int half = 0; half < 2; half++) {
-      _tile_zero(0);
-      _tile_zero(1);
-      for (int term = 0; term < V.terms; term++) {
-        _tile_loadd(6, V.expand(p, half, term), 64);
-        _tile_loadd(4, S + term * 32, S_bytes);
-        _tile_loadd(5, S + term * 32 + 16 * V.terms * 32, S_bytes);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 5, 6);
-      }
-      _tile_stored(0, sum + half * 16, kPanel * 4);
-      _tile_stored(1, sum + half * 16 + 16 * kPanel, kPanel * 4);
-    }
-    for (int i = 0; i < rows; i++) {
+    if (p + 1 < V.panels) tile_expand_panel(S, V, p + 1, sums + (p + 1) % 2 * kBlock * kPanel);
+    const float* sum = sums + p % 2 * kBlock * kPanel;
+    for (int i = 0; i < rows; i++, sum += kPanel) {
       const bf16* row = reinterpret_cast<const bf16*>(x.data + i * x.stride + p * kPanel);
-      VF::type low = load(row) + VF::load(sum + i * kPanel);
-      VF::type high = load(row + 16) + VF::load(sum + i * kPanel + 16);
+      VF::type low = load(row) + VF::load(sum), high = load(row + 16) + VF::load(sum + 16);
       store_half32(out + i * out_stride + p * kPanel, (Half32)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
     }
   }
@@ -223,16 +216,20 @@ inline void pack_outer_rows(const uint16_t* hi, const uint16_t* lo, int r, int c
   }
 }
 
-// Right operand of outer: 32 rows of X, 32 columns, as two tiles of row pairs.
+// Column of the panel that stands in column c of tile `half` of a packed operand of outer, and so of D.
+inline int paired_column(int half, int c) { return c / 4 * 8 + half * 4 + c % 4; }
+
+// Right operand of outer: 32 rows of X, 32 columns, as two tiles of row pairs. Unpacking within 16-byte lanes takes one
+// instruction a line; it deals the columns out as paired_column says.
 inline void pack_row_pairs(const uint16_t* x, int64_t stride, uint16_t* tiles) {
   for (int pair = 0; pair < 16; pair++) {
-    Half32 even = load_half32(x + 2 * pair * stride), odd = load_half32(x + (2 * pair + 1) * stride);
-    store_half32(tiles + pair * 32, interleave_low(even, odd));
-    store_half32(tiles + kTile + pair * 32, interleave_high(even, odd));
+    __m512i even = (__m512i)load_half32(x + 2 * pair * stride), odd = (__m512i)load_half32(x + (2 * pair + 1) * stride);
+    store_half32(tiles + pair * 32, (Half32)_mm512_unpacklo_epi16(even, odd));
+    store_half32(tiles + kTile + pair * 32, (Half32)_mm512_unpackhi_epi16(even, odd));
   }
 }
 
-// D -= S^T dz + R^T x for one block; D is [K/16][columns][height][16] fp32, tiles 0 to 5 have `height` rows.
+// D -= S^T dz + R^T x for one block; D is [K/32][2][columns][height][16] fp32, tiles 0 to 5 have `height` rows.
 inline void tile_outer(HalfBlock dz, HalfBlock x, const uint16_t* S, const uint16_t* R, int columns, int height,
                        int64_t panels, uint16_t* pairs, float* D) {
   uint16_t *dz_pairs = pairs, *x_pairs = pairs + 2 * kTile;

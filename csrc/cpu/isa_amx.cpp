@@ -104,7 +104,7 @@ void rotate_tiles(const Rows& x, int64_t M, const Reflectors& reflectors, const 
   }
 }
 
-// dV [K][r] = sum over partial sums [K/16][columns][height][16], in order.
+// dV [K][r] = sum over partial sums [K/32][2][columns][height][16], in order.
 void add_tile_sums(const float* partial, int64_t sums, int64_t K, int r, int columns, int height, float* dV,
                    int threads) {
   int64_t size = K * columns * height, groups = K / 16;
@@ -114,7 +114,8 @@ void add_tile_sums(const float* partial, int64_t sums, int64_t K, int r, int col
     for (int j = 0; j < r; j++) {
       VF::type sum = {};
       for (int64_t s = 0; s < sums; s++) sum += VF::load(partial + s * size + (g * columns * height + j) * 16);
-      for (int k = 0; k < 16; k++) dV[(g * 16 + k) * r + j] = sum[k];
+      float* panel = dV + g / 2 * kPanel * r;
+      for (int c = 0; c < 16; c++) panel[paired_column(g % 2, c) * r + j] = sum[c];
     }
 }
 
