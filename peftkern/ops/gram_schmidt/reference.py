@@ -58,4 +58,4 @@ def orthonormaliser(V):
 def projector_factor_backward(dT, V, T):
     """dG = -T dT T / 2 made symmetric; dV = V (dG + dG^T)."""
     dG = -T @ dT @ T / 2
-    return V @ (dG + dG.mT).to(V.dtype)
+    return (V.double() @ (dG + dG.mT)).to(V.dtype)

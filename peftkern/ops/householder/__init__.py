@@ -59,7 +59,7 @@ def factor(u, dtype=torch.float32, gram_schmidt=False):
 
 
 def compose(factors):
-    """One (V, T) for the product H_1 H_2 ... of several: T = [[T1, -T1 V1^T V2 T2], [0, T2]], and so on."""
+    """One (V, T) for the product H_1 H_2 ... of several: T = [[T1, -T1 V1^T V2 T2], [0, T2]] (README.md, eq. 7)."""
     V, T = factors[0]
     for V2, T2 in factors[1:]:
         corner = -T @ (V.double().mT @ V2.double()) @ T2
@@ -97,7 +97,7 @@ def rotate(x, u, reverse=False):
     Raises:
         TypeError: integer or non-plain tensors. ValueError: shapes or devices that do not match.
 
-    Source: arXiv:2405.17484, eq. 3; compact WY: Schreiber and Van Loan 1989.
+    Source: arXiv:2405.17484, section 3.1; compact WY: Schreiber and Van Loan 1989; README.md, eq. 1 to 6.
     """
     if not torch.compiler.is_compiling():
         _check("rotate", u, x=x)
@@ -121,7 +121,7 @@ def hra_linear(x, weight, bias, u, precision="auto"):
     Raises:
         TypeError, ValueError: as `rotate`, or for a precision that does not exist.
 
-    Source: arXiv:2405.17484, eq. 4.
+    Source: arXiv:2405.17484, section 3.1; README.md, eq. 4 and 10.
     """
     if not torch.compiler.is_compiling():
         check_precision(precision)
@@ -185,7 +185,7 @@ def orthogonality_penalty(u, weight=1.0, squared=True):
     Returns:
         A 0-dimensional tensor, float32 (float64 for float64 u), differentiable in u.
 
-    Source: arXiv:2405.17484, section 4 (the regulariser of HRA).
+    Source: arXiv:2405.17484, section 3 (the regulariser of HRA); README.md, eq. 11 and 12.
     """
     if not torch.compiler.is_compiling():
         _check("orthogonality_penalty", u)

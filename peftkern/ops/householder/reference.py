@@ -18,7 +18,7 @@ def _core(T, reverse):
 
 
 def _times(P, C):
-    """P C [M, r] in P's dtype, through float64."""
+    """P C in P's dtype, through float64, for a C [r, r]."""
     return (P.double() @ C).to(P.dtype)
 
 
@@ -38,7 +38,7 @@ def wy_factor_backward(dT, V, T):
     """dA = -T^T dT T^T on the upper triangle; dV = V (U + U^T + diag(dA)), U = striu(dA)."""
     dA = torch.triu(-T.mT @ dT @ T.mT)
     dG = dA + torch.triu(dA, 1).mT
-    return V @ dG.to(V.dtype)
+    return _times(V, dG)
 
 
 @without_autocast
@@ -151,4 +151,4 @@ def orthogonality_penalty_backward(grad, V, squared):
         total = squares.sum()
         factor = torch.where(total > 0, factor / (2 * _root(total) + (total == 0)), torch.zeros_like(factor))
     M = factor * (C - torch.diag_embed(squares)) * scale * scale[:, None]
-    return V @ M.to(V.dtype)
+    return _times(V, M)
