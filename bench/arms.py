@@ -71,7 +71,7 @@ def _triangular_factor(V: Tensor) -> Tensor:
 
 
 def _plain_torch(problem: Problem) -> Arm:
-    """Compact WY in plain torch calls under autograd: two skinny products, one pass that writes z.
+    """Compact WY in plain torch calls under autograd: z = x - (x V)(V T)^T in two skinny products and one pass for z.
 
     A half-precision x meets V cast to its dtype; T comes from the cast V, so that H stays orthogonal.
     """
@@ -85,18 +85,16 @@ def _plain_torch(problem: Problem) -> Arm:
             T = 2 * torch.cholesky_inverse(torch.linalg.cholesky(V64.T @ V64))
         else:
             T = _triangular_factor(V64)
-        return V, T.float()
+        return V, (V64 @ T).to(dtype)
 
     def linear(x: Tensor) -> Tensor:
-        V, T = factors(x.dtype)
-        S = ((x @ V).float() @ T.T).to(x.dtype)
-        return F.linear(torch.addmm(x, S, V.T, alpha=-1), weight, bias)
+        V, VT = factors(x.dtype)
+        return F.linear(torch.addmm(x, x @ V, VT.T, alpha=-1), weight, bias)
 
     def conv(x: Tensor) -> Tensor:
-        V, T = factors(x.dtype)
+        V, VT = factors(x.dtype)
         P = F.conv2d(x, V.T.reshape(r, *weight.shape[1:]), padding=1)
-        WVT = ((weight.flatten(1) @ V).float() @ T).to(x.dtype)
-        return F.conv2d(x, weight, bias, padding=1) - F.conv2d(P, WVT[:, :, None, None])
+        return F.conv2d(x, weight, bias, padding=1) - F.conv2d(P, (weight.flatten(1) @ VT)[:, :, None, None])
 
     return Arm("torch", conv if kind == "conv" else linear, u, [u])
 

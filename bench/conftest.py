@@ -12,7 +12,7 @@ from bench.arms import LABELS
 from bench.cases import SETS
 from bench.row import Row, measure_row
 
-ROWS = pytest.StashKey[list[Row]]()
+ROWS = pytest.StashKey[dict[str, Row]]()
 CASES = {case.id: case for cases in SETS.values() for case in cases}
 
 
@@ -42,14 +42,15 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize(("row", "arm"), pairs, indirect=["row"], ids=[f"{case}-{arm}" for case, arm in pairs])
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def row(request) -> Row:
-    """The measured row of a case, shared by the tests of its arms."""
+    """The row of a case: measured for the test of its first arm, and handed to those of the others."""
     case = CASES[request.param]
-    seconds = request.config.getoption("--bench-seconds")
-    measured = measure_row(case, seconds if case.trains else seconds / 4)
-    request.config.stash.setdefault(ROWS, []).append(measured)
-    return measured
+    rows = request.config.stash.setdefault(ROWS, {})
+    if case.id not in rows:
+        seconds = request.config.getoption("--bench-seconds")
+        rows[case.id] = measure_row(case, seconds if case.trains else seconds / 4)
+    return rows[case.id]
 
 
 class ReplayClock:
@@ -106,7 +107,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    rows = config.stash.get(ROWS, [])
+    rows = list(config.stash.get(ROWS, {}).values())
     if not rows:
         return
     terminalreporter.section("overhead over the frozen layer (median of the rounds' ratios; frozen layer = 1.00)")

@@ -59,7 +59,7 @@ class Plan:
 
 
 def make_plan(
-    cost: dict[str, float], seconds: float, min_rounds: int = 7, max_rounds: int = 60, sample: float = 2e-3
+    cost: dict[str, float], seconds: float, min_rounds: int = 7, max_rounds: int = 100, sample: float = 2e-3
 ) -> Plan:
     """Spend about `seconds` on arms of the given cost per call, the first of which is the floor.
 

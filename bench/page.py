@@ -8,7 +8,7 @@ from pathlib import Path
 from bench import plots
 from bench.arms import LABELS
 from bench.measure import GAIN_SIZES
-from bench.result import TARGETS, CaseResult, Entry, Result, megabytes, ratio
+from bench.result import TARGETS, CaseResult, Entry, Result, duration, megabytes, ratio
 
 CSS = (Path(__file__).parent / "page.css").read_text()
 
@@ -220,7 +220,7 @@ def _everything(result: Result, kinds: tuple[str, ...]) -> str:
                 f"{ratio(low)} – {ratio(high)}",
                 ratio(times["ratio_of_medians"]),
                 ratio(times["ratio_of_minima"]),
-                f"{1e3 * entry.stats['median']:.3g} ms",
+                duration(entry.stats["median"]),
                 str(times["rounds"]),
                 megabytes(entry.saved),
                 "yes" if entry.kept_x else "no",
@@ -288,7 +288,7 @@ def render(result: Result) -> str:
         if result.of_kind(kind):
             sections.append(_section(title, text, plots.overhead(result.of_kind(kind), title)))
     tables = "".join(
-        f"<details><summary>{title}</summary>{_everything(result, (kind,))}</details>"
+        f"<details class='dense'><summary>{title}</summary>{_everything(result, (kind,))}</details>"
         for kind, title in (
             ("linear", "Linear layers"),
             ("gram_schmidt", "Gram-Schmidt"),

@@ -26,7 +26,7 @@ STYLE = {
     "exact": ("#cc79a7", "^"),
 }
 INK, GRID = "#1f2430", "#e4e6ea"
-DTYPE_TITLES = {"fp32": "fp32", "bf16": "bf16", "bf16+fp32": "bf16 base, fp32 adapter (PEFT's default)"}
+DTYPE_TITLES = {"fp32": "fp32", "bf16": "bf16", "bf16+fp32": "bf16, fp32 adapter (PEFT's default)"}
 plt.rcParams.update(
     {
         "font.family": "DejaVu Sans",
@@ -83,7 +83,7 @@ def dots(
     label: str,
     spread: Callable[[CaseResult, Entry], tuple[float, float]] | None = None,
     form: Callable[[float], str] = ratio,
-    ticks: list[float] | None = None,
+    ticks: list[float] = (),
     line: float | None = None,
     zero: float = 0.0,
 ) -> str:
@@ -91,6 +91,14 @@ def dots(
     dtypes = [dtype for dtype in DTYPE_TITLES if any(case.case["dtype"] == dtype for case in cases)]
     shapes = list(dict.fromkeys(_shape(case) for case in sorted(cases, key=lambda c: _size(c.case))))
     arms = [arm for arm in arms if any(arm in case.arms for case in cases)]
+    entries = [(case, case.arms[arm]) for case in cases for arm in arms if arm in case.arms]
+    reached = [value(*item) for item in entries] + [
+        end for item in entries for end in (spread(*item) if spread else ())
+    ]
+    reached = [number for number in reached if number] + ([line] if line is not None else [])
+    # A margin at both ends, along the stretched axis.
+    margin = ((max(reached) - zero) / (min(reached) - zero)) ** 0.03 * 1.03
+    low, high = (min(reached) - zero) / margin + zero, (max(reached) - zero) * margin + zero
     figure, axes = plt.subplots(
         1, len(dtypes), figsize=(11, 0.62 + 0.36 * len(shapes)), sharex=True, sharey=True, squeeze=False, layout="tight"
     )
@@ -114,8 +122,7 @@ def dots(
         axis.set_xscale(
             "function", functions=(lambda x: np.log(np.maximum(x - zero, 1e-3)), lambda t: np.exp(t) + zero)
         )
-        if ticks:
-            axis.xaxis.set_major_locator(FixedLocator(_within(ticks, cases, arms, value, zero)))
+        axis.xaxis.set_major_locator(FixedLocator(_thinned(ticks, low, high, zero, 0.034 * len(dtypes))))
         axis.xaxis.set_minor_locator(NullLocator())
         axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: form(x)))
         axis.grid(axis="x", color=GRID, lw=0.8)
@@ -126,6 +133,7 @@ def dots(
         if line is not None:
             axis.axvline(line, color=STYLE["frozen"][0], lw=1.2, zorder=1)
     axes[0][0].set_yticks(range(len(shapes)), shapes)
+    axes[0][0].set_xlim(low, high)
     axes[0][0].set_ylim(len(shapes) - 0.5, -0.5)
     _legend(figure, arms)
     return _svg(figure, label)
@@ -135,16 +143,12 @@ def _size(case: dict) -> tuple:
     return (case["kind"], case["width_in"], case["tokens"], case["r"])
 
 
-def _within(ticks, cases, arms, value, zero) -> list[float]:
-    """The ticks that the values reach, thinned so that labels keep clear of each other."""
-    numbers = [value(case, case.arms[arm]) for case in cases for arm in arms if arm in case.arms]
-    numbers = [number for number in numbers if number]
-    low, high = min(numbers), max(numbers)
+def _thinned(ticks: list[float], low: float, high: float, zero: float, gap: float) -> list[float]:
+    """The ticks between low and high whose labels keep clear of each other; gap: a part of the axis."""
+    length = np.log(high - zero) - np.log(low - zero)
     kept: list[float] = []
-    gap = 0.075 * (np.log(high - zero) - np.log(max(low - zero, 1e-3)))
     for tick in ticks:
-        inside = low / 1.6 <= tick <= high * 1.6
-        if inside and (not kept or np.log(tick - zero) - np.log(kept[-1] - zero) > gap):
+        if low <= tick <= high and (not kept or np.log((tick - zero) / (kept[-1] - zero)) > gap * length):
             kept.append(tick)
     return kept
 

@@ -125,9 +125,13 @@ class Result:
         listed = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
         served = " and ".join(sorted(set(self.backends.values()))) or "none"
         return (
-            f"{cpu}, {machine['cores']} cores, {machine['threads']} threads; {listed}; "
+            f"{cpu}, {_count(machine['cores'], 'core')}, {_count(machine['threads'], 'thread')}; {listed}; "
             f"peftkern's backends {served}; commit {self.commit}"
         )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' if number != 1 else ''}"
 
 
 def megabytes(count: float | None) -> str:
@@ -138,6 +142,13 @@ def megabytes(count: float | None) -> str:
             value = count / size
             return f"{value:.0f} {unit}" if value >= 10 else f"{value:.1f} {unit}"
     return f"{count:.0f} B"
+
+
+def duration(seconds: float) -> str:
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} µs"
 
 
 def ratio(value: float | None) -> str:
