@@ -22,7 +22,7 @@ CUDA_TORCH := torch>=2.11,<2.15
 export PEFTKERN_TORCH ?= $(if $(filter-out 0,$(GPU)),$(CUDA_TORCH),torch==2.13.0)
 
 ifdef PEFTKERN_PYTHON
-PY := $(PEFTKERN_PYTHON)
+PY := $(shell command -v $(PEFTKERN_PYTHON))
 STATE := build/state/$(shell echo '$(PY)' | cksum | cut -d' ' -f1)
 else
 PY := .venv/bin/python
@@ -33,7 +33,7 @@ SOURCES := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 # The installed torch is written down once and handed to every later pip, so that no other package can replace it.
 INSTALL = $(PY) -m pip install --quiet --no-build-isolation -c $(STATE)/constraints.txt
 
-.PHONY: help install test test-all demo bench report lint clean
+.PHONY: help install test test-all sanitize demo bench report lint clean
 
 help:  ## list the verbs
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -61,6 +61,16 @@ test: $(STATE)/dev  ## run the tests (ARGS="-k householder" picks some)
 
 test-all: $(STATE)/dev  ## run the slow tests as well
 	OMP_NUM_THREADS=$(THREADS) HF_HUB_OFFLINE=1 $(PY) -m pytest -n $(WORKERS) --dist loadgroup -m "" $(ARGS)
+
+SANITIZED := build/sanitize/lib
+
+sanitize: $(STATE)/dev  ## run the C++ kernels, at every instruction set, under AddressSanitizer and UndefinedBehaviorSanitizer
+	PEFTKERN_SANITIZE=1 PEFTKERN_SKIP_CUDA=1 PEFTKERN_REQUIRE_NATIVE=1 \
+	  $(PY) setup.py --quiet build --build-base build/sanitize --build-lib $(SANITIZED)
+	cd $(SANITIZED); libraries="$$(for l in asan stdc++; do $${CXX:-g++} -print-file-name=lib$$l.so; done | xargs)"; \
+	  sanitized() { LD_PRELOAD="$$libraries" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 "$$@"; }; \
+	  sanitized $(abspath $(PY)) -m peftkern --built; \
+	  OMP_NUM_THREADS=2 sanitized $(abspath $(PY)) -m pytest $(CURDIR)/tests/ops -k native $(ARGS)
 
 demo: $(STATE)/demo  ## fine-tune a real model with PEFT, then with PEFT accelerated (ARGS="--help" lists options)
 	$(PY) examples/finetune.py $(ARGS)

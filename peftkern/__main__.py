@@ -9,7 +9,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-from peftkern import _versions
+from peftkern import _native, _versions
 
 FEATURES = """avx2 fma f16c avx512f avx512bw avx512vl avx512_bf16 avx512_fp16 amx_tile amx_bf16 amx_int8
 asimd asimdhp bf16 sve i8mm"""
@@ -38,7 +38,7 @@ def cuda_version(number):
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
-def _native(part):
+def _library(part):
     """The native module, or None and the reason why it does not load."""
     try:
         return importlib.import_module(f"peftkern._native_{part}"), None
@@ -79,11 +79,9 @@ def devices(torch):
 
 def features():
     """Names of the processor's features that kernels care about, and who said so."""
-    cpu, _ = _native("cpu")
-    if cpu is not None and hasattr(cpu, "features"):
-        found = cpu.features()
-        names = [name for name, on in found.items() if on] if isinstance(found, dict) else list(found)
-        return " ".join(names) or "none", "the CPU library"
+    cpu, _ = _library("cpu")
+    if cpu is not None:
+        return " ".join(name for name, present in cpu.features().items() if present) or "none", "the CPU library"
     flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
     if not flags:
         return "unknown", "nowhere: no /proc/cpuinfo"
@@ -104,7 +102,7 @@ def built():
     for part in ("cpu", "cuda"):
         facts = info[part]
         label = f"{part.upper()} library"
-        module, failure = _native(part)
+        module, failure = _library(part)
         if not facts["built"]:
             rows.append((label, f"no: {facts['reason']}" if module is None else "yes, but not put here by setup.py"))
             continue
@@ -123,6 +121,7 @@ def built():
                 text += f", driver for CUDA {cuda_version(driver)}"
         else:
             text += f", OpenMP {facts['openmp']}" if facts["openmp"] else ", no OpenMP: one thread"
+            text += f", kernels for {_native.cpu_isa()}"
         if facts.get("sanitized") == "ON":
             text += ", with sanitizers"
         rows.append((label, text))

@@ -71,7 +71,7 @@ def test_reasons_of_backends_that_do_not_serve_are_told():
 def test_a_library_that_was_not_built_or_does_not_load_says_why(monkeypatch):
     info = {"cpu": {"built": False, "reason": "no compiler"}, "cuda": {"built": True, "compiler": "nvcc"}}
     monkeypatch.setattr(_versions, "build_info", lambda: info)
-    monkeypatch.setattr(cli, "_native", lambda part: (None, "undefined symbol"))
+    monkeypatch.setattr(cli, "_library", lambda part: (None, "undefined symbol"))
     rows = dict(cli.built())
     assert rows["CPU library"] == "no: no compiler"
     assert rows["CUDA library"] == "built by nvcc, but does not load: undefined symbol"
@@ -84,7 +84,7 @@ def test_a_driver_older_than_the_cuda_library_is_told(monkeypatch, driver, said)
     info = {"cpu": {"built": False, "reason": ""}, "cuda": {"built": True, "compiler": "nvcc 13.0", "archs": "80;90"}}
     library = SimpleNamespace(runtime_version=lambda: 13000, driver_version=lambda: driver)
     monkeypatch.setattr(_versions, "build_info", lambda: info)
-    monkeypatch.setattr(cli, "_native", lambda part: (library, None))
+    monkeypatch.setattr(cli, "_library", lambda part: (library, None))
     assert said in dict(cli.built())["CUDA library"]
 
 
