@@ -32,10 +32,15 @@ class HRAModel(PeftHRAModel):
         watch_loading(self.model)
         added = [(n, m) for n, m in model.named_modules() if isinstance(m, PeftHRAModel.tuner_layer_cls)]
         added = [(name, layer) for name, layer in added if adapter_name in layer.hra_u]
-        left = [f"{name}: {hra.why_not(layer)}" for name, layer in added if hra.why_not(layer) is not None]
+        left = [
+            f"{name}: {hra.why_not(layer) or 'it was built before patch_peft (call accelerate)'}"
+            for name, layer in added
+            if not isinstance(layer, hra.Accelerated)
+        ]
         if left:
             warnings.warn(f"peftkern: adapter {adapter_name!r} has layers that PEFT serves: {'; '.join(left)}")
-        warn_of_dependent_columns([(name, layer) for name, layer in added if hra.why_not(layer) is None], adapter_name)
+        served = [(name, layer) for name, layer in added if isinstance(layer, hra.Accelerated)]
+        warn_of_dependent_columns(served, adapter_name)
 
     def _check_merge_allowed(self):
         super()._check_merge_allowed()

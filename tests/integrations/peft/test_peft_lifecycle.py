@@ -345,6 +345,17 @@ def test_a_trainer_gets_accelerated_layers_from_birth(unpatched, tmp_path):
     assert isinstance(built["get_peft_model"].base_model.model.head, Accelerated)
 
 
+def test_layers_that_a_new_adapter_shares_with_peft_are_named(unpatched):
+    model = inject_adapter_in_model(config(target_modules=["a"]), Net())
+    peftkern.patch_peft()
+    with pytest.warns(UserWarning) as record:
+        inject_adapter_in_model(config(target_modules=["a", "b"]), model, "other")
+    assert messages(record, "PEFT serves") == [
+        "peftkern: adapter 'other' has layers that PEFT serves: a: it was built before patch_peft (call accelerate)"
+    ]
+    assert isinstance(model.b, Accelerated) and not isinstance(model.a, Accelerated)
+
+
 def test_a_model_built_under_patch_peft_starts_from_the_same_parameters_as_pefts(unpatched):
     base, models = Net().double(), []
     for patch in (False, True):
