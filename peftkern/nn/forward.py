@@ -11,10 +11,9 @@ from torch.nn.modules import module as _module
 from peftkern.nn import convolution
 from peftkern.ops import _transforms
 from peftkern.ops import householder as hh
-from peftkern.ops.householder import autograd, reference
+from peftkern.ops.householder import autograd, contract, reference
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def _plain(weight):
@@ -28,9 +27,11 @@ def readable_weight(base_layer, layer_type=torch.nn.Linear):
     Returns:
         (weight, None), or (None, reason): a clause such as "the base layer has hooks".
     """
-    if type(base_layer).forward is not layer_type.forward or "forward" in base_layer.__dict__:
+    own = base_layer.__dict__
+    if type(base_layer).forward is not layer_type.forward or "forward" in own:
         return None, f"the forward of the base layer ({type(base_layer).__name__}) is not that of {layer_type.__name__}"
-    if any(getattr(base_layer, name) for name in _HOOKS) or _module._has_any_global_hook():
+    hooked = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    if hooked or _module._has_any_global_hook():
         return None, "the base layer has hooks"
     weight = base_layer._parameters.get("weight")
     if weight is None:
@@ -69,9 +70,11 @@ class FactorCache:
 
 
 def _same_chain(chain, copies):
-    return len(chain) == len(copies) and all(
-        gs == old_gs and _same(u, old) for (u, gs), (old, old_gs) in zip(chain, copies, strict=True)
-    )
+    return len(chain) == len(copies) and all(map(_same_link, chain, copies))
+
+
+def _same_link(link, kept):
+    return link[1] == kept[1] and _same(link[0], kept[0])
 
 
 def _same(a, b):
@@ -143,6 +146,10 @@ def adapted_linear(x, base_layer, chain, precision="auto", cache=None, args=(), 
     Returns:
         y [..., N] in the dtype of the product (the caller casts as its framework does).
     """
+    if cache is not None and not args and not kwargs and _undisturbed() and cache.kept is not None:
+        y = _generate(x, base_layer, chain, precision, cache.kept)
+        if y is not None:
+            return y
     _check_input(x, chain)
     weight, _ = readable_weight(base_layer)
     compute = _compute_dtype(x, weight if weight is not None else getattr(base_layer, "weight", None), chain)
@@ -158,6 +165,35 @@ def adapted_linear(x, base_layer, chain, precision="auto", cache=None, args=(), 
     rotated = x if _autocasting(x) and working is torch.float32 else x.to(compute)
     z = hh.apply_factor(rotated, V, T)
     return base_layer(_for_base(z, base_layer), *args, **(kwargs or {}))
+
+
+def _undisturbed():
+    """Whether nothing has to see the operations: autograd, compiler, transforms, dispatch modes, autocast."""
+    return not (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or _transforms.needs_reference()
+        or torch._C._len_torch_dispatch_stack()
+        or torch.is_autocast_enabled("cpu")
+    )
+
+
+def _generate(x, base_layer, chain, precision, kept):
+    """The same result from a kept factor, past autograd.Function and the dispatcher; None where it does not serve.
+
+    One token through a narrow layer costs no more than the machinery that it would pass.
+    """
+    if type(x) is not torch.Tensor or not x.is_cpu or (x.dtype is torch.float64) != (kept[0] is torch.float64):
+        return None
+    weight, parameters = readable_weight(base_layer)[0], base_layer._parameters
+    if weight is None or weight.dtype is not x.dtype or "bias" not in parameters or not _same_chain(chain, kept[1]):
+        return None
+    bias, (V, T) = parameters["bias"], kept[2]
+    if bias is not None and (type(bias) not in _PLAIN or bias.dtype is not x.dtype):
+        return None
+    if precision != "fast" and x.dtype in hh.HALF:
+        return contract.ROTATED_LINEAR._run(x, weight, bias, V, T)[0]
+    return F.linear(contract.ROTATE._run(x, V, T, False)[0], weight, bias)
 
 
 def _for_base(z, base_layer):
