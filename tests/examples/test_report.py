@@ -30,7 +30,7 @@ TURNS = {"peft": 1.5, "peftkern": 0.25}
 
 def shown(monkeypatch, passed):
     monkeypatch.setattr(report, "console", report.Console(width=110, record=True, file=io.StringIO()))
-    report.closing(RESULTS, TURNS, [checks.Check(passed, "the curves")], passed)
+    report.closing(RESULTS, TURNS, [checks.Check(passed, "the curves")], passed is not False)
     return report.console.export_text()
 
 
@@ -44,6 +44,11 @@ def test_the_table_holds_both_arms_and_the_ratio(monkeypatch):
 def test_a_failed_check_is_told_instead_of_the_verdict(monkeypatch):
     text = shown(monkeypatch, False)
     assert "The two runs do not agree" in text and "the same loss curve" not in text
+
+
+def test_curves_that_were_not_judged_are_not_called_the_same(monkeypatch):
+    text = shown(monkeypatch, None)
+    assert "6.0 x faster" in text and "the same loss curve" not in text
 
 
 def test_one_arm_alone_has_a_table_without_ratios(monkeypatch):
