@@ -63,12 +63,12 @@ def make_plan(
 ) -> Plan:
     """Spend about `seconds` on arms of the given cost per call, the first of which is the floor.
 
-    An arm of more than three times the floor is slow: all of these together get at most two fifths of the time, in
+    An arm of more than five times the floor is slow: all of these together get at most two fifths of the time, in
     rounds spread over the run. Calls shorter than `sample` are timed several at once. Where the floor is below 20 ms,
     each arm that is not slow finds its caches as it left them; it would double the time of larger ones for nothing.
     """
     floor = next(iter(cost.values()))
-    slow = {name for name, value in cost.items() if value > 3 * floor}
+    slow = {name for name, value in cost.items() if value > 5 * floor}
     loops = {name: max(1, round(sample / value)) for name, value in cost.items()}
     primed = frozenset(cost) - slow if floor < 20e-3 else frozenset()
     spent = {name: value * (loops[name] + (name in primed)) for name, value in cost.items()}
