@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import warnings
 from importlib import metadata
 from pathlib import Path
 
@@ -25,10 +24,7 @@ def setup():
     spec = importlib.util.spec_from_file_location("peftkern_setup", ROOT / "setup.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    with warnings.catch_warnings():
-        # setuptools puts itself in the place of a distutils that somebody else has imported, and says so.
-        warnings.simplefilter("ignore")
-        spec.loader.exec_module(module)
+    spec.loader.exec_module(module)
     yield module
     del sys.modules[spec.name]
 
