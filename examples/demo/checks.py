@@ -43,10 +43,10 @@ def curves_agree(losses, others, dtype):
     differences = gaps(losses, others)
     first, later = differences[:WINDOW], differences[WINDOW:]
     tolerance = TOLERANCE.get(dtype)
-    text = f"loss curves, first {len(first)} steps: largest relative gap {max(first):.1e}"
-    text += f" (allowed: {tolerance:.0e})" if tolerance else f" (not judged in {dtype})"
+    text = f"loss curves agree to {max(first):.1e} over {len(first)} steps"
+    text += f" (allowed {tolerance:.0e})" if tolerance else f" (not judged in {dtype})"
     if later:
-        text += f"; {max(later):.1e} after that"
+        text += f", to {max(later):.1e} later"
     # Not `max(first) > tolerance`: a NaN must fail.
     return Check(all(d <= tolerance for d in first) if tolerance else None, text)
 
@@ -54,11 +54,11 @@ def curves_agree(losses, others, dtype):
 def reload_agrees(trained, reloaded, dtype):
     """Check that plain PEFT, with the saved adapter loaded, scores what the accelerated model scored."""
     if trained.loss is None:
-        text = f"adapter reloaded in plain PEFT: {reloaded.correct} of {reloaded.total} right"
-        text += f", accelerated it was {trained.correct}"
+        text = f"saved adapter in plain PEFT: {reloaded.correct} of {reloaded.total} right"
+        text += f", accelerated {trained.correct}"
         passed = trained.correct == reloaded.correct
     else:
         difference = abs(trained.value - reloaded.value) / trained.value
-        text = f"adapter reloaded in plain PEFT: perplexity {reloaded}, accelerated it was {trained}"
+        text = f"saved adapter in plain PEFT: perplexity {reloaded}, accelerated {trained}"
         passed = difference <= TOLERANCE.get("float32")
     return Check(passed if dtype in TOLERANCE else None, text)

@@ -42,7 +42,7 @@ def draw(results, title, path):
             va="bottom" if last else "center",
             color="#5f6368" if arm == "peft" else COLOURS[arm],
             fontweight="bold",
-            bbox={"fc": "white", "ec": "none", "alpha": 0.85, "pad": 1.5},
+            bbox={"fc": "white", "ec": "none", "alpha": 0.6, "pad": 1.5},
         )
     over_steps.set(xlabel="step", ylabel="training loss", title="step by step")
     over_steps.xaxis.set_major_locator(MaxNLocator(integer=True))
