@@ -202,6 +202,17 @@ def run(
     return Launch(program.name, grid, block, shared, Counts(program, counts, traffic, warps), seconds)
 
 
+def same_in_any_order(run, seeds: Sequence[int] = (0, 1, 2, 3), **options):
+    """Call run(seed=..., **options), which launches and returns a tensor, for each seed; the tensor, if all are equal
+    bit for bit. Raises AssertionError with the number of differing elements otherwise."""
+    first = run(seed=seeds[0], **options)
+    for seed in seeds[1:]:
+        other = run(seed=seed, **options)
+        differing = int(((first != other) & ~((first != first) & (other != other))).sum())
+        assert differing == 0, f"{differing} elements depend on the order of threads (seed {seed})"
+    return first
+
+
 def _error(program: Program, error: np.void, names: list[str]) -> PtxError:
     def place(index: int) -> str:
         i = program.instructions[index]

@@ -260,6 +260,8 @@ class _Parser:
     def location(self, text: str):
         match = re.match(r"\s*\.loc\s+(\d+)\s+(\d+)", text)
         if match:
+            caller = re.search(r"inlined_at\s+(\d+)\s+(\d+)", text)  # code from a header: the line that uses it
+            match = caller or match
             self.source = (int(match[1]), int(match[2]))
         else:
             self.file(text)

@@ -19,7 +19,7 @@ u32 members(Warp& w, const Op& op, u32 offset, u32 mask, const char* what) {
   if (Flow f = rendezvous(w, op, mask, wanted, what); f != Flow::next) return f
 
 enum Shuffle { UP, DOWN, BFLY, IDX };
-// a: d, p (or none), value, b, c, member mask. A lane outside the mask gives an undefined value: all ones here.
+// a: d, p (or none), value, b, c, member mask. Reading a lane that doesn't take part is an error: its value is undefined.
 template <Shuffle MODE> Flow shuffle(Warp& w, const Op& op, u32 mask) {
   MEET(op.a[5], "shfl.sync");
   const u32 *a = w.reg<u32>(op.a[2]), *b = w.reg<u32>(op.a[3]), *c = w.reg<u32>(op.a[4]); u32 r[32], p = 0;
@@ -34,7 +34,9 @@ template <Shuffle MODE> Flow shuffle(Warp& w, const Op& op, u32 mask) {
       default: j = low | (n & ~seg); in = j <= high;
     }
     if (!in) j = lane;
-    r[lane] = (mask >> j) & 1 ? a[j] : FULL;
+    if (((mask >> lane) & 1) && !((mask >> j) & 1))
+      fail(DIVERGENCE, w, u32(lane), "shfl.sync reads lane " + std::to_string(j) + ", which takes no part in it", op_index(w, op));
+    r[lane] = a[j];
     p |= u32(in) << lane;
   }
   put(w, op.a[0], r, mask); put_pred(w, op.a[1], p, mask);
