@@ -56,9 +56,31 @@ typedef uint16_t VHu __attribute__((vector_size(PEFTKERN_VECTOR_BYTES / 2), alig
 inline VF::type load(const float* p) { return VF::load(p); }
 inline void store(float* p, VF::type v) { VF::store(p, v); }
 
+// Spelled out where one instruction does it: GCC 12 splits __builtin_convertvector in halves.
+inline VU widen_lanes(VH h) {
+#if PEFTKERN_VECTOR_BYTES == 64
+  return (VU)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)h);
+#elif PEFTKERN_VECTOR_BYTES == 32
+  return (VU)_mm256_cvtepu16_epi32((__m128i)h);
+#else
+  return __builtin_convertvector(h, VU);
+#endif
+}
+
+// Lanes of at most 16 bits.
+inline VH narrow_lanes(VU u) {
+#if PEFTKERN_VECTOR_BYTES == 64
+  return (VH)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)u);
+#elif PEFTKERN_VECTOR_BYTES == 32
+  return (VH)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)u), _mm256_extracti128_si256((__m256i)u, 1));
+#else
+  return __builtin_convertvector(u, VH);
+#endif
+}
+
 inline VF::type load(const bf16* p) {
   VH half = *reinterpret_cast<const VHu*>(p);
-  return (VF::type)(__builtin_convertvector(half, VU) << 16);
+  return (VF::type)(widen_lanes(half) << 16);
 }
 
 inline void store(bf16* p, VF::type v) {
@@ -66,7 +88,7 @@ inline void store(bf16* p, VF::type v) {
   VU rounded = (u + 0x7fffu + (u >> 16 & 1u)) >> 16;
   VU is_nan = (VU)((u & 0x7fffffffu) > 0x7f800000u);
   rounded = (rounded & ~is_nan) | (0x7fc0u & is_nan);
-  *reinterpret_cast<VHu*>(p) = __builtin_convertvector(rounded, VH);
+  *reinterpret_cast<VHu*>(p) = narrow_lanes(rounded);
 }
 
 inline VF::type load(const fp16* p) {

@@ -3,7 +3,7 @@
 // Formulas and shapes: householder.h.
 #pragma once
 
-#include "exact.h"
+#include "exact_backward.h"
 
 namespace peftkern {
 namespace PEFTKERN_ISA {
@@ -40,8 +40,12 @@ inline void rotate_backward_entry(const Rows& dz, const Rows& x, int64_t M, cons
 }
 
 const Kernels kernels = {
-    wy_factor,   wy_factor_backward, project_entry, project_backward_entry, rotate_entry, rotate_backward_entry,
-    pack_linear, linear_few_rows,    penalty,       penalty_backward,
+    wy_factor,        wy_factor_backward,
+    project_entry,    project_backward_entry,
+    rotate_entry,     rotate_backward_entry,
+    pack_linear,      linear_few_rows,
+    linear_backward,  penalty,
+    penalty_backward,
 };
 
 }  // namespace PEFTKERN_ISA

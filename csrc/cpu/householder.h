@@ -48,6 +48,11 @@ struct Kernels {
   // y = x H^T W^T + bias with x H^T kept in fp32: one read of W, for a handful of rows.
   void (*linear_few_rows)(const Rows& x, int64_t M, const Rows& W, int64_t N, const void* bias, const Reflectors& V,
                           const double* T, const Rows& y, void* P, int threads);
+  // dx = dz - R V^T, dV = -W^T (dy^T S) - x^T R, dT = -Q^T P with Q = dy (W V), R = Q T, S = P T^T: fp32 throughout,
+  // where rotate_backward starts from the rounded dz = dy W.
+  void (*linear_backward)(const Rows& dy, const Rows& x, const Rows& dz, int64_t M, const Rows& W, int64_t N,
+                          const void* P, const Reflectors& V, const double* T, void* dx, void* dV, double* dT,
+                          int threads);
   // |I - U^T U|_F^2 (or its square root) over unit columns of V.
   double (*penalty)(const Reflectors& V, bool squared, int threads);
   void (*penalty_backward)(double grad, const Reflectors& V, bool squared, void* dV, int threads);

@@ -14,7 +14,7 @@
 #include "../common/dtype.h"
 #include "../common/threads.h"
 #include "householder.h"
-#pragma GCC target("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#pragma GCC target("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prfchw")
 #define PEFTKERN_ISA amx
 #define PEFTKERN_VECTOR_BYTES 64
 #include "amx_tiles.h"

@@ -119,10 +119,10 @@ inline void add_partial_dT(const double* partial, int64_t sums, int r, double* d
     }
 }
 
-// S [rows][r] = -dP turns the two accumulating kernels, which subtract, into dx = dP V^T and dV += x^T dP.
+// S [rows][r] = -dP turns the two accumulating kernels, which subtract, into dx = addend + dP V^T and dV += x^T dP.
 template <class C>
-void project_backward(const C* dP, const Rows& x, int64_t M, const Reflectors& reflectors, void* dx, C* dV,
-                      int threads) {
+void project_backward(const C* dP, const Rows& x, int64_t M, const Reflectors& reflectors, void* dx, C* dV, int threads,
+                      const Rows* addend = nullptr) {
   int r = reflectors.r, requested = threads;
   int64_t K = reflectors.K, sum_rows = rows_per_sum(M), sums = ceil_div(M, sum_rows);
   Panels<C> V(reflectors, false, threads);
@@ -146,7 +146,9 @@ void project_backward(const C* dP, const Rows& x, int64_t M, const Reflectors& r
         for (int i = 0; i < rows * r; i++) S[i] = -dP[row0 * r + i];
         for (int64_t k0 = 0; k0 < K; k0 += kChunk) {
           int cols = min_int(kChunk, K - k0);
-          if (dx) expand_chunk<C>({scratch.tile1, kChunk}, rows, S, V, k0, cols, out, row0, scratch.out);
+          Tile<C> base = {scratch.tile1, kChunk};
+          if (dx && addend) base = fetch(*addend, row0, rows, k0, cols, scratch.tile1);
+          if (dx) expand_chunk<C>(base, rows, S, V, k0, cols, out, row0, scratch.out);
           if (!dV) continue;
           Tile<C> tile = fetch(x, row0, rows, k0, cols, scratch.tile0);
           for (int c = 0; c < cols; c += kPanel) outer<C>({tile.data + c, tile.ld}, rows, S, r, sum_dV + (k0 + c) * r);

@@ -4,6 +4,8 @@ Half-precision activations are read in place, accumulated in float32 and rounded
 the products with T) is float64. Two calls give the same bits, whatever the number of threads.
 """
 
+import threading
+
 import torch
 import torch.nn.functional as F
 
@@ -16,7 +18,11 @@ _HALF = (torch.bfloat16, torch.float16)
 # Up to here a product that reads W once, with float32 rows, beats copying W for the library's.
 _FEW_ROWS = 8
 
-_empty, _threads = torch.empty, torch.get_num_threads
+# Scratch for [W | -W V'] that a thread keeps: fresh pages for every call would cost more than filling them.
+_KEPT_BYTES = 64 * 2**20
+_kept = threading.local()
+
+_empty_like, _threads = torch.empty_like, torch.get_num_threads
 
 
 def available():
@@ -41,6 +47,7 @@ _rank_of = {
     "rotate": lambda x, V, T, reverse: V.shape[1],
     "rotate_backward": lambda dz, x, P, V, *_: V.shape[1],
     "rotated_linear": lambda x, weight, bias, V, T: V.shape[1],
+    "rotated_linear_backward": lambda dy, x, weight, P, V, *_: V.shape[1],
     "project": lambda x, V: V.shape[1],
     "project_backward": lambda dP, x, V, output_mask: V.shape[1],
     "orthogonality_penalty": lambda V, squared: V.shape[1],
@@ -65,14 +72,30 @@ def _factor(V):
     return V.data_ptr(), _CODES[V.dtype], *V.shape, *V.stride()
 
 
+def _like_rows(x):
+    """An empty contiguous tensor like x; empty_like alone is the quickest but copies other strides."""
+    return _empty_like(x) if x.is_contiguous() else x.new_empty(x.shape)
+
+
+def _weight_scratch(rows, width, dtype):
+    """[rows, width] of this thread's scratch; valid until its next call."""
+    count = rows * width
+    if count * 2 > _KEPT_BYTES:
+        return torch.empty(rows, width, dtype=dtype)
+    kept = getattr(_kept, "buffer", None)
+    if kept is None or kept.numel() < count:
+        kept = _kept.buffer = torch.empty(count, dtype=torch.int16)
+    return kept[:count].view(dtype).view(rows, width)
+
+
 def wy_factor(V):
-    T = _empty((V.shape[1], V.shape[1]), dtype=torch.float64)
+    T = V.new_empty(V.shape[1], V.shape[1], dtype=torch.float64)
     _library.wy_factor(_level, _threads(), *_factor(V), T.data_ptr())
     return T
 
 
 def wy_factor_backward(dT, V, T):
-    dT, T, dV = dT.contiguous(), T.contiguous(), _empty(V.shape, dtype=V.dtype)
+    dT, T, dV = dT.contiguous(), T.contiguous(), V.new_empty(V.shape)
     _library.wy_factor_backward(_level, _threads(), dT.data_ptr(), *_factor(V), T.data_ptr(), dV.data_ptr())
     return dV
 
@@ -81,7 +104,7 @@ def rotate(x, V, T, reverse):
     K, r = V.shape
     M, T = x.numel() // K, T.contiguous()
     rows, stride = _rows(x, K)
-    z, P = _empty(x.shape, dtype=x.dtype), _empty((M, r), dtype=V.dtype)
+    z, P = _like_rows(x), V.new_empty(M, r)
     # fmt: off
     _library.rotate(_level, _threads(), rows.data_ptr(), _CODES[x.dtype], M, stride, *_factor(V), T.data_ptr(), reverse,
                     z.data_ptr(), P.data_ptr())
@@ -90,13 +113,12 @@ def rotate(x, V, T, reverse):
 
 
 def rotate_backward(dz, x, P, V, T, reverse, output_mask):
-    K, want_dx, want_dV = V.shape[0], output_mask[0], output_mask[1]
+    (K, r), (want_dx, want_dV) = V.shape, output_mask
     M, P, T = x.numel() // K, P.contiguous(), T.contiguous()
     rows, stride = _rows(x, K)
     dz_rows, dz_stride = _rows(dz, K)
-    dx = _empty(dz.shape if want_dx else (0,), dtype=dz.dtype)
-    dV = _empty(V.shape if want_dV else (0,), dtype=V.dtype)
-    dT = _empty(T.shape if want_dV else (0,), dtype=T.dtype)
+    dx = _like_rows(dz) if want_dx else dz.new_empty(0)
+    dV, dT = (V.new_empty(K, r), T.new_empty(r, r)) if want_dV else (V.new_empty(0), T.new_empty(0))
     if want_dx or want_dV:
         # fmt: off
         _library.rotate_backward(_level, _threads(), dz_rows.data_ptr(), dz_stride, rows.data_ptr(), _CODES[x.dtype], M,
@@ -114,9 +136,9 @@ def rotated_linear(x, weight, bias, V, T):
     M, N, T = x.numel() // K, weight.shape[0], T.contiguous()
     rows, stride = _rows(x, K)
     W, W_stride = _rows(weight, K)
-    P = _empty((M, r), dtype=V.dtype)
+    P = V.new_empty(M, r)
     if M <= _FEW_ROWS:
-        y = _empty((*x.shape[:-1], N), dtype=x.dtype)
+        y = x.new_empty(*x.shape[:-1], N)
         b = None if bias is None else bias.contiguous()
         # fmt: off
         _library.linear_few_rows(_level, _threads(), rows.data_ptr(), _CODES[x.dtype], M, stride,
@@ -125,7 +147,7 @@ def rotated_linear(x, weight, bias, V, T):
         # fmt: on
         return y, P
     width = K + (r + 31) // 32 * 32
-    xs, ws = _empty((M, width), dtype=x.dtype), _empty((N, width), dtype=x.dtype)
+    xs, ws = x.new_empty(M, width), _weight_scratch(N, width, x.dtype)
     # fmt: off
     _library.pack_linear(_level, _threads(), rows.data_ptr(), _CODES[x.dtype], M, stride, W.data_ptr(), N, W_stride,
                          *_factor(V), T.data_ptr(), xs.data_ptr(), ws.data_ptr(), width, P.data_ptr())
@@ -133,21 +155,41 @@ def rotated_linear(x, weight, bias, V, T):
     return F.linear(xs, ws, bias).view(*x.shape[:-1], N), P
 
 
+def rotated_linear_backward(dy, x, weight, P, V, T, output_mask):
+    if x.dtype not in _HALF:
+        return rotate_backward(dy.matmul(weight), x, P, V, T, False, output_mask)
+    (K, r), (want_dx, want_dV) = V.shape, output_mask
+    M, N, P, T = x.numel() // K, weight.shape[0], P.contiguous(), T.contiguous()
+    rows, stride = _rows(x, K)
+    dy_rows, dy_stride = _rows(dy, N)
+    W, W_stride = _rows(weight, K)
+    dx = dy_rows.reshape(*x.shape[:-1], N).matmul(weight) if want_dx else x.new_empty(0)
+    dV, dT = (V.new_empty(K, r), T.new_empty(r, r)) if want_dV else (V.new_empty(0), T.new_empty(0))
+    if want_dx or want_dV:
+        # dx holds dz = dy W on entry and is updated in place.
+        # fmt: off
+        _library.linear_backward(_level, _threads(), dy_rows.data_ptr(), dy_stride, rows.data_ptr(), _CODES[x.dtype], M,
+                                 stride, dx.data_ptr(), W.data_ptr(), N, W_stride, P.data_ptr(), *_factor(V),
+                                 T.data_ptr(), dx.data_ptr(), dV.data_ptr(), dT.data_ptr())
+        # fmt: on
+    return dx, dV, dT
+
+
 def project(x, V):
     K, r = V.shape
     M = x.numel() // K
     rows, stride = _rows(x, K)
-    P = _empty((M, r), dtype=V.dtype)
+    P = V.new_empty(M, r)
     _library.project(_level, _threads(), rows.data_ptr(), _CODES[x.dtype], M, stride, *_factor(V), P.data_ptr())
     return P
 
 
 def project_backward(dP, x, V, output_mask):
-    K, want_dx, want_dV = V.shape[0], output_mask[0], output_mask[1]
+    (K, r), (want_dx, want_dV) = V.shape, output_mask
     M, dP = x.numel() // K, dP.contiguous()
     rows, stride = _rows(x, K)
-    dx = _empty(x.shape if want_dx else (0,), dtype=x.dtype)
-    dV = _empty(V.shape if want_dV else (0,), dtype=V.dtype)
+    dx = _like_rows(x) if want_dx else x.new_empty(0)
+    dV = V.new_empty(K, r) if want_dV else V.new_empty(0)
     if want_dx or want_dV:
         # fmt: off
         _library.project_backward(_level, _threads(), dP.data_ptr(), rows.data_ptr(), _CODES[x.dtype], M, stride,
@@ -161,7 +203,7 @@ def orthogonality_penalty(V, squared):
 
 
 def orthogonality_penalty_backward(grad, V, squared):
-    dV = _empty(V.shape, dtype=V.dtype)
+    dV = V.new_empty(V.shape)
     grad = grad.item()
     _library.orthogonality_penalty_backward(_level, _threads(), grad, *_factor(V), squared, dV.data_ptr())
     return dV
