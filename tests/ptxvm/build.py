@@ -51,7 +51,11 @@ def keep(target: Path, produce) -> Path:
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             made = Path(folder) / target.name
             produce(made)
-            os.replace(made, target)
+            try:
+                os.replace(made, target)
+            except OSError:  # a folder that another process has just put there
+                if not target.exists():
+                    raise
     return target
 
 
