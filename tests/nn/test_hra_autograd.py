@@ -99,12 +99,13 @@ def backend_or_automatic(request):
 @pytest.mark.parametrize("precision", ["fast", "exact"])
 @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
 def test_convolution_saves_x_once_and_nothing_of_the_size_of_the_weight(dtype, precision, autocast):
-    layer = hra_conv(dtype, R, (32, 48), (3, 3), padding=1, layer={"precision": precision})
-    x = torch.randn(4, 32, 12, 12).to(dtype)
+    layer = hra_conv(dtype, R, (64, 128), (3, 3), padding=1, layer={"precision": precision})
+    x = torch.randn(2, 64, 6, 6).to(dtype)
     frozen, _ = saved_bytes(layer.base_layer, x, autocast)
     ours, y = saved_bytes(layer, x, autocast)
-    tokens, width = 4 * 12 * 12, 32 * 9
-    assert ours - frozen <= x.nbytes + 8 * tokens * R + 16 * (width + 48) * R + 128 * R * R
+    tokens, width = 2 * 6 * 6, 64 * 9
+    allowed = x.nbytes + 8 * tokens * R + 16 * (width + 128) * R + 128 * R * R
+    assert ours - frozen <= allowed < layer.base_layer.weight.nbytes
     assert_no_tensor_hides(y)
 
 

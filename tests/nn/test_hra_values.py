@@ -206,6 +206,19 @@ def test_convolution_under_autocast_returns_the_dtype_of_x(autocast, x_dtype, pr
     assert_close(seen, true_gradients(layer, x, dy), 1.5 * max(TOLERANCE[autocast], torch.finfo(x_dtype).eps))
 
 
+@pytest.mark.parametrize("make", [hra_linear, hra_conv])
+@pytest.mark.parametrize("precision", ["fast", "exact"])
+def test_autocast_changes_no_bit_of_what_is_already_in_its_dtype(make, precision):
+    """The small algebra stays float32 and float64 under autocast."""
+    layer = make(dtype=torch.bfloat16)
+    layer.precision = precision
+    x = (torch.randn(6, 24) if make is hra_linear else torch.randn(2, 3, 9, 8)).bfloat16()
+    dy = torch.randn_like(layer.base_layer(x))
+    plain = gradients(layer, x, dy)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(torch.equal(a, b) for a, b in zip(gradients(layer, x, dy), plain, strict=True))
+
+
 @pytest.mark.parametrize("state", ["disabled", "merged"])
 def test_disabled_and_merged_layers_return_the_dtype_of_x_under_autocast(state):
     layer = hra_linear()
