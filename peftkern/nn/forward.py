@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.nn.modules import module as _module
 
 from peftkern.nn import convolution
-from peftkern.ops import _transforms
+from peftkern.ops import _checks, _transforms
 from peftkern.ops import householder as hh
 from peftkern.ops.householder import autograd, contract, reference
 
@@ -17,8 +17,8 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def _plain(weight):
-    """A floating tensor that is no subclass; under functional_call a weight is a Tensor, not a Parameter."""
-    return type(weight) in _PLAIN and weight.is_floating_point()
+    """A tensor to compute with that is no subclass; under functional_call a weight is a Tensor, not a Parameter."""
+    return type(weight) in _PLAIN and weight.dtype in _checks.FLOATS
 
 
 def readable_weight(base_layer, layer_type=torch.nn.Linear):
@@ -111,7 +111,7 @@ def _compute_dtype(x, weight, chain):
         return torch.float64
     if _autocasting(x):
         return torch.get_autocast_dtype(x.device.type)
-    if weight is not None and weight.is_floating_point():
+    if weight is not None and weight.dtype in _checks.FLOATS:
         return torch.promote_types(x.dtype, weight.dtype)
     return x.dtype
 
@@ -197,9 +197,12 @@ def _generate(x, base_layer, chain, precision, kept):
 
 
 def _for_base(z, base_layer):
-    """z in the dtype that an unreadable base layer with a floating weight expects (autocast does that by itself)."""
+    """z in the dtype that an unreadable base layer with a floating weight expects (autocast does that by itself).
+
+    A weight kept in another form, packed codes or float8 that a hook casts up, says nothing of what the layer expects.
+    """
     weight = getattr(base_layer, "weight", None)
-    if weight is None or not weight.is_floating_point() or (_autocasting(z) and z.dtype is not torch.float64):
+    if weight is None or weight.dtype not in _checks.FLOATS or (_autocasting(z) and z.dtype is not torch.float64):
         return z
     return z.to(weight.dtype)
 

@@ -14,26 +14,19 @@ def _empty():
 _counts = _empty()
 
 
-def _add(method, reason):
+@torch.compiler.assume_constant_result
+def count(method, reason=None):
+    """Count one call of a layer: served here, or left to PEFT for the reason given (a string).
+
+    The compiler calls it while it traces and puts the result into the graph as a constant: no break in the graph, and
+    no guard on the counter, which would recompile every call.
+    """
     entry = _counts[method]
     if reason is None:
         entry["accelerated"] += 1
     else:
         entry["to_peft"] += 1
         entry["reasons"][reason] += 1
-
-
-# The compiler calls such a function while it traces and puts the result into the graph as a constant: the call is
-# counted without a guard on the counter (one that would recompile every call) and without a break in the graph.
-_add_while_tracing = torch.compiler.assume_constant_result(_add)
-
-
-def count(method, reason=None):
-    """Count one call of a layer: served here, or left to PEFT for the reason given (a string)."""
-    if torch.compiler.is_compiling():
-        _add_while_tracing(method, reason)
-    else:
-        _add(method, reason)
 
 
 def stats(reset=False):

@@ -58,8 +58,6 @@ class Accelerated:
             counters.count(METHOD, reason)
             return super().forward(x, *args, **kwargs)
         previous_dtype = x.dtype
-        if not self.cast_input_dtype_enabled and self.base_layer.weight.is_floating_point():
-            x = x.to(self.base_layer.weight.dtype)
         chain = [(self.hra_u[name], self.hra_apply_GS[name]) for name in self.active_adapters if name in self.hra_u]
         if chain:
             counters.count(METHOD)
@@ -73,7 +71,12 @@ class Accelerated:
     def _base_alone(self, x, *args, **kwargs):
         """PEFT multiplies the weight by the identity here; only another dtype of x makes that differ from the base."""
         weight = self.base_layer.weight
-        if weight.dtype is x.dtype or is_quantised(self.base_layer) or torch.is_autocast_enabled(x.device.type):
+        if (
+            weight.dtype is x.dtype
+            or not self.cast_input_dtype_enabled
+            or is_quantised(self.base_layer)
+            or torch.is_autocast_enabled(x.device.type)
+        ):
             return self.base_layer(x, *args, **kwargs)
         return super().forward(x, *args, **kwargs)
 

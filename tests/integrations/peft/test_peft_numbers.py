@@ -122,6 +122,31 @@ def test_without_input_dtype_casting_the_output_is_pefts():
     assert all(layer.cast_input_dtype_enabled for layer in layers)
 
 
+@pytest.mark.parametrize("casting", [True, False], ids=["casting", "no casting"])
+def test_a_base_weight_that_hooks_keep_in_float8_serves_in_the_inputs_dtype(casting):
+    net = nn.Sequential(nn.Linear(96, 80)).bfloat16()
+    model = get_peft_model(net, HRAConfig(r=8, target_modules=["0"], init_weights=False))
+    layer = model.base_model.model[0]
+    base = layer.base_layer
+    base.weight.data = base.weight.data.to(torch.float8_e4m3fn).bfloat16()
+    exact, x = copy.deepcopy(model).double(), torch.randn(64, 96).bfloat16()
+
+    def store(*_):
+        base.weight.data = base.weight.data.to(torch.float8_e4m3fn)
+
+    def load(*_):
+        base.weight.data = base.weight.data.bfloat16()
+
+    base.register_forward_pre_hook(load)
+    base.register_forward_hook(store)
+    store()
+    peftkern.accelerate(model)
+    with disable_input_dtype_casting(model, active=not casting):
+        y = model(x)
+    assert base.weight.dtype is torch.float8_e4m3fn
+    assert y.dtype is torch.bfloat16 and relative(y, exact(x.double())) < torch.finfo(torch.bfloat16).eps
+
+
 @pytest.mark.parametrize("update", [3e-4, 1e-3, 1e-2])
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
 def test_auto_keeps_small_updates_of_a_half_precision_layer(update, adapter_dtype):
