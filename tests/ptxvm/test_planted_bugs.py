@@ -138,3 +138,26 @@ def test_only_the_view_that_was_passed_is_in_bounds():
     with pytest.raises(OutOfBounds):
         launch("twice", True, 2, 64, [storage[:50], storage[100:], 100])
     launch("twice", True, 2, 64, [storage[:100], storage[100:], 100])
+
+
+def barriers(library, kernel):
+    return [i.line for i in library.module.functions[kernel].body if getattr(i, "opcode", None) == "bar"]
+
+
+@pytest.mark.parametrize("kernel", ["sgemm", "softmax", "hgemm"])
+def test_every_barrier_that_is_taken_out_of_compiled_code_is_missed(kernel):
+    whole = CudaLibrary(KERNELS / "linear.cu")
+    a, b, c = torch.randn(128, 192).bfloat16(), torch.randn(64, 192).bfloat16(), torch.empty(128, 64).bfloat16()
+    launches = {
+        "sgemm": ((3, 4), (16, 16), [torch.randn(50, 40), torch.randn(40, 37), torch.empty(50, 37), 50, 37, 40], 0),
+        "softmax": (2, 128, [torch.randn(2, 1000).bfloat16(), torch.empty(2, 1000).bfloat16(), 1000], 0),
+        "hgemm": ((2, 1), 128, [a, b, c, 128, 64, 192], 36864),
+    }
+    grid, block, args, shared = launches[kernel]
+    whole[kernel](grid, block, args, shared)
+    lines = whole.ptx.split("\n")
+    for line in barriers(whole, kernel):
+        broken = CudaLibrary("\n".join([*lines[: line - 1], "", *lines[line:]]))
+        for seed in (0, 1):
+            with pytest.raises((Race, AsyncHazard, Uninitialised)):
+                broken[kernel](grid, block, args, shared, seed=seed)
