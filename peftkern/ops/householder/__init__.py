@@ -185,7 +185,7 @@ def orthogonality_penalty(u, weight=1.0, squared=True):
     Returns:
         A 0-dimensional tensor, float32 (float64 for float64 u), differentiable in u.
 
-    Source: arXiv:2405.17484, section 3 (the regulariser of HRA); README.md, eq. 11 and 12.
+    Source: arXiv:2405.17484, section 3 (the regulariser of HRA); README.md, eq. 12 and 13.
     """
     if not torch.compiler.is_compiling():
         _check("orthogonality_penalty", u)

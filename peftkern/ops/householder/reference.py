@@ -93,16 +93,24 @@ def _balance(Vp, Cp):
     return torch.exp2(torch.round(torch.log2(ratio) / 2))
 
 
+def _split(t, dtype):
+    """t as a sum of two tensors of a dtype: rounded once, the small factors would cost more than rounding y does."""
+    high = t.to(dtype)
+    return high, (t - high).to(dtype)
+
+
 @without_autocast
 def rotated_linear(x, weight, bias, V, T):
     """y = x H^T W^T + b with one accumulator and one rounding: [x, x Vp Cp / s] [W, -W Vp s]^T (README.md, eq. 10)."""
     rows = x.reshape(-1, x.shape[-1])
     Vp, Cp = pair_basis(V, T, reverse=False)
     scale = _balance(Vp, Cp)
-    pad = -V.shape[1] % 32
-    S = F.pad(_times(rows.to(V.dtype) @ Vp, Cp / scale).to(x.dtype), (0, pad))
-    WV = F.pad((weight.to(V.dtype) @ (Vp * scale.to(V.dtype))).to(x.dtype), (0, pad))
-    y = F.linear(torch.cat((rows, S), 1), torch.cat((weight, -WV), 1), bias)
+    S, S_low = _split(_times(rows.to(V.dtype) @ Vp, Cp / scale), x.dtype)
+    WV, WV_low = _split(weight.to(V.dtype) @ (Vp * -scale.to(V.dtype)), x.dtype)
+    pad = -3 * V.shape[1] % 32
+    left = F.pad(torch.cat((rows, S, S_low, S), 1), (0, pad))
+    right = F.pad(torch.cat((weight, WV, WV, WV_low), 1), (0, pad))
+    y = F.linear(left, right, bias)
     return y.reshape(*x.shape[:-1], weight.shape[0]), rows.to(V.dtype) @ V
 
 
