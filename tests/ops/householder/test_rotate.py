@@ -104,6 +104,22 @@ def test_a_zero_column_is_the_identity_with_no_gradient(backend, dtype):
     assert not du[:, (0, 3)].any()
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+@pytest.mark.parametrize("K, r", ((29, 1), (29, 6), (5, 7), (123, 128)))
+def test_the_factor_is_the_inverse_of_the_gram_matrix(backend, dtype, K, r):
+    """Upper triangular, entries at most 4 / (||v_i|| ||v_j||), zero rows and columns for zero columns."""
+    V = torch.randn(K, r, dtype=dtype)
+    V[:, r // 2 : r // 2 + (r > 1)] = 0
+    T = torch.ops.peftkern.wy_factor(V)
+    kept = V.any(0)
+    assert T.dtype is torch.float64 and torch.equal(T, T.triu())
+    assert not T[~kept].any() and not T[:, ~kept].any()
+    V, T = V[:, kept].double(), T[kept][:, kept]
+    A = (V.T @ V).triu(1) + torch.diag((V * V).sum(0) / 2)
+    assert oracle.error(T @ A, torch.eye(len(A))) < 1e-12
+    assert (T.abs() <= 4.0001 / torch.outer(V.norm(dim=0), V.norm(dim=0))).all()
+
+
 def test_only_zero_columns_return_x_itself(backend):
     x, dz = torch.randn(2, 11, 29)
     z, dx, du = run(x, torch.zeros(29, 4), dz)
