@@ -70,9 +70,13 @@ class RotatedLinear(torch.autograd.Function):
         need_x, need_weight, need_bias, need_V, need_T = ctx.needs_input_grad
         dx = dV = dT = dweight = dbias = None
         if need_x or need_V or need_T:
-            with _transforms.no_autocast(dy.device.type):
-                dz = dy.matmul(weight)
-            dx, dV, dT = _rotate_backward(dz, x, V, T, P, False, (need_x, need_V, need_T))
+            mask = need_x, need_V or need_T
+            if _transforms.differentiating_twice():
+                P = reference.project(x, V)
+                dx, dV, dT = reference.rotated_linear_backward(dy, x, weight, P, V, T, mask)
+            else:
+                dx, dV, dT = _ops.rotated_linear_backward(dy, x, weight, P, V, T, mask)
+            dx, dV, dT = dx if need_x else None, dV if mask[1] else None, dT if mask[1] else None
         if need_weight:
             rotate = reference.rotate if _transforms.differentiating_twice() else _ops.rotate
             z = rotate(x, V, T, False)[0]

@@ -80,6 +80,15 @@ def check_rotated_linear(x, weight, bias, V, T):
     _checks.same_device("rotated_linear", x=x, weight=weight, V=V, T=T, **({} if bias is None else {"bias": bias}))
 
 
+def check_rotated_linear_backward(dy, x, weight, P, V, T, output_mask):
+    check_rotated_linear(x, weight, None, V, T)
+    if dy.shape != (*x.shape[:-1], weight.shape[0]) or dy.dtype is not x.dtype:
+        raise ValueError(f"rotated_linear_backward: dy must be {x.dtype} like x W^T; got {_checks.describe(dy)}")
+    if P.shape != (_rows(x), V.shape[1]) or P.dtype is not V.dtype:
+        raise ValueError(f"rotated_linear_backward: P must be {V.dtype} of shape [M, r]; got {_checks.describe(P)}")
+    _checks.same_device("rotated_linear_backward", dy=dy, x=x, P=P)
+
+
 def check_project(x, V):
     _check_factor("project", V)
     _check_rows("project", x, V)
@@ -173,6 +182,14 @@ ROTATED_LINEAR = Operation(
     check_rotated_linear,
     _fake_rotated_linear,
     lambda x, weight, bias, V, T: _key_rows(x, V),
+)
+ROTATED_LINEAR_BACKWARD = Operation(
+    "rotated_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor P, Tensor V, Tensor T, bool[2] output_mask)"
+    " -> (Tensor, Tensor, Tensor)",
+    FAMILY,
+    check_rotated_linear_backward,
+    lambda dy, x, weight, P, V, T, output_mask: _fake_rotate_backward(x, x, P, V, T, False, output_mask),
+    lambda dy, x, weight, P, V, *_: _key_rows(x, V),
 )
 PROJECT = Operation("project(Tensor x, Tensor V) -> Tensor", FAMILY, check_project, _fake_project, _key_rows)
 PROJECT_BACKWARD = Operation(

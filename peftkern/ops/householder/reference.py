@@ -115,6 +115,29 @@ def rotated_linear(x, weight, bias, V, T):
 
 
 @without_autocast
+def rotated_linear_backward(dy, x, weight, P, V, T, output_mask):
+    """rotate_backward of dz = dy W, whose rounding to half precision reaches dx alone (README.md, eq. 11).
+
+    With B = W V, Q = dy B, R = Q T, S = P T^T:  dx = dz - R V^T,  dV = -W^T (dy^T S) - x^T R,  dT = -Q^T P.
+    """
+    want_dx, want_dV = output_mask
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return rotate_backward(dy.matmul(weight), x, P, V, T, False, output_mask)
+    dy_rows, W = dy.reshape(-1, dy.shape[-1]).to(V.dtype), weight.to(V.dtype)
+    Q = dy_rows @ (W @ V)
+    R = _times(Q, T)
+    dx = x.new_empty(0)
+    if want_dx:
+        dz = dy.matmul(weight).reshape(-1, x.shape[-1]).to(V.dtype)
+        dx = torch.addmm(dz, R, V.mT, alpha=-1).to(x.dtype).reshape(x.shape)
+    if not want_dV:
+        return dx, V.new_empty(0), T.new_empty(0)
+    S = _times(P, T.mT)
+    dV = -(W.mT @ (dy_rows.mT @ S)) - x.reshape(-1, x.shape[-1]).to(V.dtype).mT @ R
+    return dx, dV, -(Q.double().mT @ P.double())
+
+
+@without_autocast
 def project(x, V):
     """P = x V [M, r] in V's dtype."""
     return x.reshape(-1, x.shape[-1]).to(V.dtype) @ V
