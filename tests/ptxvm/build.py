@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -46,16 +47,16 @@ def digest(*parts: str | bytes) -> str:
 
 
 def keep(target: Path, produce) -> Path:
-    """`target`, made by `produce(path)` if it isn't there; safe against several processes doing the same."""
-    if not target.exists():
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            made = Path(folder) / target.name
-            produce(made)
-            try:
+    """`target`, made by `produce(path)` if it isn't there. Of several processes one makes it, the others wait."""
+    if target.exists():
+        return target
+    with open(target.with_name(target.name + ".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+                made = Path(folder) / target.name
+                produce(made)
                 os.replace(made, target)
-            except OSError:  # a folder that another process has just put there
-                if not target.exists():
-                    raise
     return target
 
 

@@ -287,8 +287,8 @@ def test_a_race_between_programs_is_caught(vm):
 
 
 def without_each_barrier(vm, kernel, bound, grid):
-    """What a launch reports (or None) with each one of the block barriers taken out of the compiled code, apart from one
-    before which shared memory has only been named as the destination of copies."""
+    """What a launch reports (or None) with each one of the block barriers taken out of the compiled code, apart from
+    one before which shared memory has only been named as the destination of copies."""
     lines, whole, touched = kernel.asm["ptx"].split("\n"), kernel.asm, False
     for k, line in enumerate(lines):
         touched |= bool(re.search(r"\b(ld|st|atom)\S*\.shared|ldmatrix|wait_group", line))
