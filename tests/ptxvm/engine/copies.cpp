@@ -13,11 +13,15 @@ void move(Block& b, const AsyncCopy& c) {
 
 // a[0] destination, a[1] source, a[2] bytes to read (the rest is zero) or none, a[3] predicate that ignores the source.
 Flow copy(Warp& w, const Op& op, u32 mask) {
-  Block& b = *w.block; const Config& config = *b.launch->config;
+  Block& b = *w.block;
+  const Config& config = *b.launch->config;
   const u64* from = w.reg<u64>(op.a[1]);
   const u32* sizes = op.a[2] == NO_REG ? nullptr : w.reg<u32>(op.a[2]);
   const u32 ignored = op.a[3] == NO_REG ? 0 : w.pred(op.a[3]);
-  Access dest; dest.bytes = dest.align = op.n; dest.mask = mask; dest.space = SHARED;
+  Access dest;
+  dest.bytes = dest.align = op.n;
+  dest.mask = mask;
+  dest.space = SHARED;
   addresses(w, op, mask, dest.addr);
   u32 size[32], pending = mask;
   each(mask, [&](u32 i) {
@@ -26,15 +30,24 @@ Flow copy(Warp& w, const Op& op, u32 mask) {
     if (!size[i]) pending &= ~(1u << i);
   });
   while (pending) {  // lanes of one source size at a time
-    Access source; source.space = GLOBAL; source.align = op.n; source.mask = 0;
+    Access source;
+    source.space = GLOBAL;
+    source.align = op.n;
+    source.mask = 0;
     source.bytes = size[__builtin_ctz(pending)];
-    each(pending, [&](u32 i) { if (size[i] == source.bytes) { source.mask |= 1u << i; source.addr[i] = from[i] + u64(op.imm[1]); } });
+    each(pending, [&](u32 i) {
+      if (size[i] == source.bytes) {
+        source.mask |= 1u << i;
+        source.addr[i] = from[i] + u64(op.imm[1]);
+      }
+    });
     open(w, op, source, Kind::read);
     pending &= ~source.mask;
   }
   open(w, op, dest, Kind::write);
   each(mask, [&](u32 i) {
-    const AsyncCopy c{from[i] + u64(op.imm[1]), u32(dest.addr[i]), u16(op.n), u16(size[i]), u8(i), op_index(w, op), w.committed[i]};
+    const AsyncCopy c{from[i] + u64(op.imm[1]), u32(dest.addr[i]), u16(op.n), u16(size[i]), u8(i),
+                      op_index(w, op),          w.committed[i]};
     if (config.check_races) note_shared(w, c.op, i, c.dest, c.bytes, Kind::write, false, 0);
     for (u32 k = 0; k < c.bytes; k++) b.state[c.dest + k] += 2;
     if (!config.late_copies) move(b, c);
@@ -56,8 +69,17 @@ Flow commit(Warp& w, const Op&, u32 mask) {
 const bool defined = [] {
   define("cp.async", &copy);
   define("cp.async.commit_group", &commit);
-  define("cp.async.wait_group", +[](Warp& w, const Op& op, u32 mask) { finish_copies(w, mask, u64(op.imm[0]), false); return Flow::next; });
-  define("cp.async.wait_all", +[](Warp& w, const Op& op, u32 mask) { commit(w, op, mask); finish_copies(w, mask, 0, true); return Flow::next; });
+  define(
+      "cp.async.wait_group", +[](Warp& w, const Op& op, u32 mask) {
+        finish_copies(w, mask, u64(op.imm[0]), false);
+        return Flow::next;
+      });
+  define(
+      "cp.async.wait_all", +[](Warp& w, const Op& op, u32 mask) {
+        commit(w, op, mask);
+        finish_copies(w, mask, 0, true);
+        return Flow::next;
+      });
   return true;
 }();
 }  // namespace
@@ -66,10 +88,13 @@ void finish_copies(Warp& w, u32 mask, u64 keep, bool all) {
   auto done = [&](const AsyncCopy& c) {
     return ((mask >> c.lane) & 1) && (all || c.group + keep < w.committed[c.lane]);
   };
-  for (auto& c : w.copies) if (done(c)) finish(w, c);
+  for (auto& c : w.copies)
+    if (done(c)) finish(w, c);
   w.copies.erase(std::remove_if(w.copies.begin(), w.copies.end(), done), w.copies.end());
 }
 void drop_copies(Warp& w, u32 mask) {  // a thread that exits abandons its copies; nobody may rely on them
-  w.copies.erase(std::remove_if(w.copies.begin(), w.copies.end(), [&](const AsyncCopy& c) { return (mask >> c.lane) & 1; }), w.copies.end());
+  w.copies.erase(
+      std::remove_if(w.copies.begin(), w.copies.end(), [&](const AsyncCopy& c) { return (mask >> c.lane) & 1; }),
+      w.copies.end());
 }
 }  // namespace vm

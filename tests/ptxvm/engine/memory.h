@@ -8,7 +8,7 @@ enum class Kind { read, write, atomic };
 struct Access {
   u32 mask, bytes, align;  // per lane
   Space space;
-  u64 addr[32];      // global: host address; shared, local, param: offset
+  u64 addr[32];  // global: host address; shared, local, param: offset
   u8* host[32];
 };
 
@@ -21,11 +21,18 @@ void open(Warp& w, const Op& op, Access& a, Kind kind);
 void store(Warp& w, const Op& op, Access& a, const u8* data);  // data: 32 x bytes
 
 // Calls f(access) for each space among the lanes of a generic access, or once.
-template <class F> void by_space(Warp& w, const Op& op, u32 mask, u32 bytes, F f) {
-  Access a; a.bytes = a.align = bytes; a.mask = mask;
+template <class F>
+void by_space(Warp& w, const Op& op, u32 mask, u32 bytes, F f) {
+  Access a;
+  a.bytes = a.align = bytes;
+  a.mask = mask;
   addresses(w, op, mask, a.addr);
   const Space space = Space(op.shape & 7);
-  if (space != GENERIC) { a.space = space; f(a); return; }
+  if (space != GENERIC) {
+    a.space = space;
+    f(a);
+    return;
+  }
   u32 in[4] = {};
   each(mask, [&](u32 i) {
     const u64 x = a.addr[i];
@@ -34,7 +41,11 @@ template <class F> void by_space(Warp& w, const Op& op, u32 mask, u32 bytes, F f
     in[s] |= 1u << i;
   });
   for (u32 s = 0; s < 4; s++)
-    if (in[s]) { a.space = Space(s); a.mask = in[s]; f(a); }
+    if (in[s]) {
+      a.space = Space(s);
+      a.mask = in[s];
+      f(a);
+    }
 }
 
 // shadow.cpp

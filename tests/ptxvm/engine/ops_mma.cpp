@@ -11,13 +11,20 @@ enum Element : u32 { E_BF16, E_F16, E_TF32, E_S8, E_U8, E_E4M3, E_E5M2 };
 constexpr u32 element_bytes(u32 e) { return e == E_TF32 ? 4 : e <= E_F16 ? 2 : 1; }
 float decode(u32 word, u32 i, u32 e) {
   switch (e) {
-    case E_BF16: return bf16_value(u16(word >> (16 * i)));
-    case E_F16: return half_value(u16(word >> (16 * i)));
-    case E_TF32: return tf32_value(word);
-    case E_S8: return float(i8(word >> (8 * i)));
-    case E_U8: return float(u8(word >> (8 * i)));
-    case E_E4M3: return fp8_value<true>(u8(word >> (8 * i)));
-    default: return fp8_value<false>(u8(word >> (8 * i)));
+    case E_BF16:
+      return bf16_value(u16(word >> (16 * i)));
+    case E_F16:
+      return half_value(u16(word >> (16 * i)));
+    case E_TF32:
+      return tf32_value(word);
+    case E_S8:
+      return float(i8(word >> (8 * i)));
+    case E_U8:
+      return float(u8(word >> (8 * i)));
+    case E_E4M3:
+      return fp8_value<true>(u8(word >> (8 * i)));
+    default:
+      return fp8_value<false>(u8(word >> (8 * i)));
   }
 }
 float toward_zero(double x) {
@@ -50,9 +57,12 @@ Flow mma16x8(Warp& w, const Op& op, u32 mask) {
   for (u32 l = 0; l < 32; l++)
     for (u32 k = 0; k < 4; k++) {
       double& x = D[l / 4 + (k >> 1) * 8][l % 4 * 2 + (k & 1)];
-      if (c16) x = half_value(u16(w.reg<u32>(c[k >> 1])[l] >> (16 * (k & 1))));
-      else if (integer) x = double(w.reg<i32>(c[k])[l]);
-      else x = w.reg<float>(c[k])[l];
+      if (c16)
+        x = half_value(u16(w.reg<u32>(c[k >> 1])[l] >> (16 * (k & 1))));
+      else if (integer)
+        x = double(w.reg<i32>(c[k])[l]);
+      else
+        x = w.reg<float>(c[k])[l];
     }
   for (u32 i = 0; i < 16; i++) {
     double s[8] = {};
@@ -64,8 +74,11 @@ Flow mma16x8(Warp& w, const Op& op, u32 mask) {
   for (u32 l = 0; l < 32; l++)
     for (u32 k = 0; k < 4; k++) {
       const double x = D[l / 4 + (k >> 1) * 8][l % 4 * 2 + (k & 1)];
-      if (d16) r[k >> 1][l] |= u32(half_bits(x)) << (16 * (k & 1));
-      else r[k][l] = integer ? u32(i64(op.flags & SATFINITE ? std::clamp(x, -2147483648.0, 2147483647.0) : x)) : bits<u32>(toward_zero(x));
+      if (d16)
+        r[k >> 1][l] |= u32(half_bits(x)) << (16 * (k & 1));
+      else
+        r[k][l] = integer ? u32(i64(op.flags & SATFINITE ? std::clamp(x, -2147483648.0, 2147483647.0) : x))
+                          : bits<u32>(toward_zero(x));
     }
   for (u32 k = 0; k < nd; k++) put(w, d[k], r[k], FULL);
   return Flow::next;
@@ -81,7 +94,8 @@ Flow mma8x8_f64(Warp& w, const Op& op, u32 mask) {
       r[k][l] = w.reg<double>(op.a[4 + k])[l];
       for (u32 t = 0; t < 4; t++) r[k][l] = std::fma(a[l / 4 * 4 + t], b[(l % 4 * 2 + k) * 4 + t], r[k][l]);
     }
-  put(w, op.a[0], r[0], FULL); put(w, op.a[1], r[1], FULL);
+  put(w, op.a[0], r[0], FULL);
+  put(w, op.a[1], r[1], FULL);
   return Flow::next;
 }
 

@@ -10,11 +10,15 @@ void join(Clocks& to, const Clocks& from) {
   for (size_t i = 0; i < from.size(); i++) to[i] = std::max(to[i], from[i]);
 }
 void acquire(Warp& w, const Published& p) {
-  if (p.block == w.block->linear) join(w.seen, p.own);
-  else join(w.remote[p.block], p.own);
+  if (p.block == w.block->linear)
+    join(w.seen, p.own);
+  else
+    join(w.remote[p.block], p.own);
   for (auto& [block, clocks] : p.remote) {
-    if (block == w.block->linear) join(w.seen, clocks);
-    else join(w.remote[block], clocks);
+    if (block == w.block->linear)
+      join(w.seen, clocks);
+    else
+      join(w.remote[block], clocks);
   }
 }
 Snapshot snapshot(Warp& w) {
@@ -25,8 +29,10 @@ Snapshot snapshot(Warp& w) {
 Snapshot merged(const Snapshot& a, const Snapshot& b) {
   if (!a) return b;
   auto s = std::make_shared<Published>(*b);
-  if (a->block == s->block) join(s->own, a->own);
-  else join(s->remote[a->block], a->own);
+  if (a->block == s->block)
+    join(s->own, a->own);
+  else
+    join(s->remote[a->block], a->own);
   for (auto& [block, clocks] : a->remote) join(block == s->block ? s->own : s->remote[block], clocks);
   return s;
 }
@@ -45,8 +51,10 @@ void synchronise(Warp& w, std::unordered_map<u64, Snapshot>& map, u64 key, u32 f
   const auto found = map.find(key);
   const Snapshot before = found == map.end() ? nullptr : found->second;
   if (reads && before) {
-    if (flags & ACQUIRE) acquire(w, *before);
-    else if (w.pending.empty() || w.pending.back() != before) w.pending.push_back(before);
+    if (flags & ACQUIRE)
+      acquire(w, *before);
+    else if (w.pending.empty() || w.pending.back() != before)
+      w.pending.push_back(before);
   }
   if (!writes) return;
   Snapshot mine = w.fenced;
@@ -57,7 +65,8 @@ void synchronise(Warp& w, std::unordered_map<u64, Snapshot>& map, u64 key, u32 f
 // Lanes of `wanted` meet at this instruction. Those that its guard switches off go on without it.
 Flow rendezvous(Warp& w, const Op& op, u32 mask, u32 wanted, const char* what) {
   if (mask & ~wanted)
-    fail(DIVERGENCE, w, u32(__builtin_ctz(mask & ~wanted)), std::string(what) + " by a lane outside its own member mask", op_index(w, op));
+    fail(DIVERGENCE, w, u32(__builtin_ctz(mask & ~wanted)),
+         std::string(what) + " by a lane outside its own member mask", op_index(w, op));
   const u32 need = wanted & w.live;
   if ((mask & need) == need) return Flow::next;
   const u32 pc = w.group().pc, off = w.group().mask & ~mask;
@@ -69,8 +78,10 @@ Flow rendezvous(Warp& w, const Op& op, u32 mask, u32 wanted, const char* what) {
 Flow whole_warp(Warp& w, const Op& op, u32 mask, const char* what) {
   if (w.live != FULL) {
     u32 gone = u32(__builtin_ctz(~w.live));
-    fail(DIVERGENCE, w, u32(__builtin_ctz(mask)), std::string(what) + " needs all 32 lanes; lane " + std::to_string(gone) +
-         (w.lanes >> gone & 1 ? " has exited" : " does not exist"), op_index(w, op));
+    fail(DIVERGENCE, w, u32(__builtin_ctz(mask)),
+         std::string(what) + " needs all 32 lanes; lane " + std::to_string(gone) +
+             (w.lanes >> gone & 1 ? " has exited" : " does not exist"),
+         op_index(w, op));
   }
   return rendezvous(w, op, mask, FULL, what);
 }

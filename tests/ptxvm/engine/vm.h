@@ -1,5 +1,6 @@
 // The machine: a warp's 32 lanes execute one instruction at a time under a mask; nothing here knows PTX text.
-// A register is an array of 32 lane values at a byte offset of the warp's register file; a predicate is one 32-bit mask.
+// A register is an array of 32 lane values at a byte offset of the warp's register file; a predicate is one 32-bit
+// mask.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -13,8 +14,14 @@
 #include <vector>
 
 namespace vm {
-using u8 = uint8_t; using u16 = uint16_t; using u32 = uint32_t; using u64 = uint64_t;
-using i8 = int8_t; using i16 = int16_t; using i32 = int32_t; using i64 = int64_t;
+using u8 = uint8_t;
+using u16 = uint16_t;
+using u32 = uint32_t;
+using u64 = uint64_t;
+using i8 = int8_t;
+using i16 = int16_t;
+using i32 = int32_t;
+using i64 = int64_t;
 constexpr u32 FULL = ~0u;
 constexpr u32 NO_REG = ~0u;
 
@@ -28,15 +35,15 @@ struct Op {
   u32 handler, guard, guard_negated, flags;
   u32 a[16];
   i64 imm[2];
-  u32 n;       // operands of a vector
-  u32 shape;   // space, matrix shape or comparison, as the handler says
+  u32 n;      // operands of a vector
+  u32 shape;  // space, matrix shape or comparison, as the handler says
 };
 
 // Counters of one op over a launch; same layout as COUNTER in counts.py.
 struct OpCount {
-  u64 warps, lanes;                  // executions
-  u64 bytes, sectors, ideal_sectors; // global memory
-  u64 wavefronts, ideal_wavefronts;  // shared memory
+  u64 warps, lanes;                   // executions
+  u64 bytes, sectors, ideal_sectors;  // global memory
+  u64 wavefronts, ideal_wavefronts;   // shared memory
 };
 
 // One tensor (or module variable) that the kernel may touch; same layout as RANGE in launch.py.
@@ -49,32 +56,75 @@ struct Range {
 };
 
 enum ErrorKind : u32 {
-  OUT_OF_BOUNDS = 1, MISALIGNED, RACE, DEADLOCK, DIVERGENCE, UNINITIALISED, ASYNC_HAZARD, TRAP, LIMIT
+  OUT_OF_BOUNDS = 1,
+  MISALIGNED,
+  RACE,
+  DEADLOCK,
+  DIVERGENCE,
+  UNINITIALISED,
+  ASYNC_HAZARD,
+  TRAP,
+  LIMIT
 };
 struct Error {
-  ErrorKind kind; std::string text; u32 op, other_op; u32 block[3], thread[3];
+  ErrorKind kind;
+  std::string text;
+  u32 op, other_op;
+  u32 block[3], thread[3];
 };
 
 // Address windows of generic pointers that are not global memory. Host pointers stay below 2^47.
-constexpr u64 SHARED_WINDOW = 1ull << 56, LOCAL_WINDOW = 1ull << 57, PARAM_WINDOW = 1ull << 58, WINDOW_BITS = 0xffffffffull;
+constexpr u64 SHARED_WINDOW = 1ull << 56, LOCAL_WINDOW = 1ull << 57, PARAM_WINDOW = 1ull << 58,
+              WINDOW_BITS = 0xffffffffull;
 enum Space : u32 { GLOBAL = 0, SHARED = 1, LOCAL = 2, PARAM = 3, GENERIC = 4 };
 
 enum Flag : u32 {
-  FTZ = 1, SAT = 2, RZ = 4, RM = 8, RP = 16, RELU = 32, NAN_WINS = 64, XORSIGN = 128, RNA = 256, SATFINITE = 512, CC_IN = 1024,
-  CC_OUT = 2048, ACQUIRE = 4096, RELEASE = 8192, STRONG = 16384, READ_ONLY = 32768, RNI = 65536, TRANS = 131072, NO_RETURN = 262144, TO_INTEGRAL = 524288
+  FTZ = 1,
+  SAT = 2,
+  RZ = 4,
+  RM = 8,
+  RP = 16,
+  RELU = 32,
+  NAN_WINS = 64,
+  XORSIGN = 128,
+  RNA = 256,
+  SATFINITE = 512,
+  CC_IN = 1024,
+  CC_OUT = 2048,
+  ACQUIRE = 4096,
+  RELEASE = 8192,
+  STRONG = 16384,
+  READ_ONLY = 32768,
+  RNI = 65536,
+  TRANS = 131072,
+  NO_RETURN = 262144,
+  TO_INTEGRAL = 524288
 };
 
 enum class State : u8 { ready, rendezvous, barrier };
 struct Group {  // lanes of a warp at one pc
-  u32 mask, pc; State state; u32 barrier_id, barrier_count;
+  u32 mask, pc;
+  State state;
+  u32 barrier_id, barrier_count;
 };
 
-struct AsyncCopy { u64 source; u32 dest; u16 bytes, copied; u8 lane; u32 op; u64 group; };
+struct AsyncCopy {
+  u64 source;
+  u32 dest;
+  u16 bytes, copied;
+  u8 lane;
+  u32 op;
+  u64 group;
+};
 
 // Vector time of a warp: seen[v] is the last finished epoch of warp v of the block that this warp is ordered after.
 using Clocks = std::vector<u32>;
 using Remote = std::unordered_map<u64, Clocks>;  // the same for the warps of other blocks
-struct Published { u64 block; Clocks own; Remote remote; };
+struct Published {
+  u64 block;
+  Clocks own;
+  Remote remote;
+};
 using Snapshot = std::shared_ptr<const Published>;
 
 struct Block;
@@ -86,16 +136,23 @@ struct Warp {
   u32 current = 0, spin = 0, epoch = 1;
   Clocks seen;
   Remote remote;
-  Snapshot fenced;                 // what a relaxed atomic publishes: the state at the last fence
-  std::vector<Snapshot> pending;   // what the next fence will make seen
+  Snapshot fenced;                // what a relaxed atomic publishes: the state at the last fence
+  std::vector<Snapshot> pending;  // what the next fence will make seen
   std::vector<AsyncCopy> copies;
   u64 committed[32] = {};
   std::vector<u8> local;
   u32 carry = 0;  // condition code CC.CF, one bit per lane
-  template <class T> T* reg(u32 offset) { return reinterpret_cast<T*>(regs + offset); }
+  template <class T>
+  T* reg(u32 offset) {
+    return reinterpret_cast<T*>(regs + offset);
+  }
   u32& pred(u32 offset) { return *reinterpret_cast<u32*>(regs + offset); }
   Group& group() { return groups[current]; }
-  bool ready() const { for (auto& g : groups) if (g.state == State::ready) return true; return false; }
+  bool ready() const {
+    for (auto& g : groups)
+      if (g.state == State::ready) return true;
+    return false;
+  }
 };
 
 struct Cell {  // shadow of one granule of memory: last write, and the last reads of two different warps
@@ -104,14 +161,18 @@ struct Cell {  // shadow of one granule of memory: last write, and the last read
 };
 constexpr u8 MANY_LANES = 0xff;
 
-struct Barrier { u32 arrived = 0, warps = 0, pc = NO_REG, count = 0, votes = 0, threads = 0; Clocks clock; };
+struct Barrier {
+  u32 arrived = 0, warps = 0, pc = NO_REG, count = 0, votes = 0, threads = 0;
+  Clocks clock;
+};
 
 struct Launch;
 struct Block {
   Launch* launch = nullptr;
-  u32 index[3] = {}; u64 linear = 0;
+  u32 index[3] = {};
+  u64 linear = 0;
   std::vector<Warp> warps;
-  std::vector<u8> shared, state;   // state per byte: bit 0 initialised, above it the cp.async copies in flight
+  std::vector<u8> shared, state;  // state per byte: bit 0 initialised, above it the cp.async copies in flight
   std::vector<Cell> cells;
   std::unordered_map<u64, Snapshot> sync;
   Barrier barriers[16];
@@ -133,23 +194,28 @@ struct Launch {
   std::vector<Handler> handlers;
   OpCount* counts = nullptr;
   Range* ranges = nullptr;
-  std::vector<std::vector<Cell>> cells;         // global shadow, per region
-  std::vector<std::vector<u8>> touched;         // per region and sector: bit 0 read, bit 1 written
+  std::vector<std::vector<Cell>> cells;  // global shadow, per region
+  std::vector<std::vector<u8>> touched;  // per region and sector: bit 0 read, bit 1 written
   u32 last_range = 0;
-  std::unordered_map<u64, Snapshot> sync;       // per address of an atomic
-  const u8* params = nullptr; const u8* consts = nullptr; const u32* specials = nullptr;
+  std::unordered_map<u64, Snapshot> sync;  // per address of an atomic
+  const u8* params = nullptr;
+  const u8* consts = nullptr;
+  const u32* specials = nullptr;
   u32 threads = 0, n_warps = 0;
   u64 executed = 0;
   std::mt19937 random;
 };
 
-// Inside a range. 16-bit atomics are compiled to compare-and-swap of the 4-byte word around them, which may reach beyond.
+// Inside a range. 16-bit atomics are compiled to compare-and-swap of the 4-byte word around them, which may reach
+// beyond.
 inline bool inside(const Launch& l, u32 i, u64 begin, u32 bytes) {
-  const Range& r = l.ranges[i]; const u64 slack = l.config->word_atomics && bytes == 4 ? 3 : 0;
+  const Range& r = l.ranges[i];
+  const u64 slack = l.config->word_atomics && bytes == 4 ? 3 : 0;
   return begin >= (r.begin & ~slack) && begin + bytes <= ((r.end + slack) & ~slack);
 }
 
-[[noreturn]] void fail(ErrorKind kind, const Warp& w, u32 lane, std::string text, u32 op = NO_REG, u32 other_op = NO_REG);
+[[noreturn]] void fail(ErrorKind kind, const Warp& w, u32 lane, std::string text, u32 op = NO_REG,
+                       u32 other_op = NO_REG);
 u32 op_index(const Warp& w, const Op& op);
 std::string thread_name(const Block& b, u32 warp, u32 lane);
 
@@ -168,5 +234,7 @@ void drop_copies(Warp& w, u32 mask);
 void run(Launch& l);
 
 void define(const char* name, Handler h);
-struct Define { Define(const char* name, Handler h) { define(name, h); } };
+struct Define {
+  Define(const char* name, Handler h) { define(name, h); }
+};
 }  // namespace vm

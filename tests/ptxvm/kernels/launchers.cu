@@ -1,7 +1,8 @@
 // Host launchers as a library has them: raw pointers and sizes in, a CUDA status out.
 #include <cuda_runtime.h>
 
-template <int B> __global__ void scale(const float* x, float* y, float a, int n) {
+template <int B>
+__global__ void scale(const float* x, float* y, float a, int n) {
   const int i = blockIdx.x * B + threadIdx.x;
   if (i < n) y[i] = a * x[i];
 }

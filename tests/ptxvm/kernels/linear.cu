@@ -47,17 +47,19 @@ __device__ __forceinline__ void copy16(void* to, const void* from) {
 }
 __device__ __forceinline__ void load_matrix4(uint32_t (&r)[4], const void* p) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(p)));
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(p)));
 }
 __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // C[M,N] = A[M,K] B[N,K]^T in bf16: 64 x 64 blocks of 4 warps, two stages of cp.async, M, N, K multiples of 64.
-extern "C" __global__ void __launch_bounds__(128) hgemm(const __nv_bfloat16* A, const __nv_bfloat16* B, __nv_bfloat16* C,
-                                                        int M, int N, int K) {
+extern "C" __global__ void __launch_bounds__(128)
+    hgemm(const __nv_bfloat16* A, const __nv_bfloat16* B, __nv_bfloat16* C, int M, int N, int K) {
   extern __shared__ __align__(128) unsigned char raw[];
   constexpr int T = 64, LD = T + 8;  // 8 more columns: ldmatrix without bank conflicts
   auto* sA = reinterpret_cast<__nv_bfloat16*>(raw);
@@ -74,8 +76,10 @@ extern "C" __global__ void __launch_bounds__(128) hgemm(const __nv_bfloat16* A, 
   };
   fetch(0, 0);
   for (int k = 0; k < K / T; k++) {
-    if (k + 1 < K / T) fetch((k + 1) & 1, (k + 1) * T);
-    else asm volatile("cp.async.commit_group;");
+    if (k + 1 < K / T)
+      fetch((k + 1) & 1, (k + 1) * T);
+    else
+      asm volatile("cp.async.commit_group;");
     asm volatile("cp.async.wait_group 1;" ::: "memory");
     __syncthreads();
     const __nv_bfloat16 *a = sA + (k & 1) * T * LD, *b = sB + (k & 1) * T * LD;
@@ -99,7 +103,11 @@ extern "C" __global__ void __launch_bounds__(128) hgemm(const __nv_bfloat16* A, 
 }
 
 // What compilers make of less common C++: a struct by value, constant memory, a call, a jump table, local arrays, fp64.
-struct Scale { float* out; int n; float factor; };
+struct Scale {
+  float* out;
+  int n;
+  float factor;
+};
 __constant__ float table[4] = {1, 2, 3, 4};
 __device__ __noinline__ float angle(float x, int n) {
   float s = 0;
@@ -111,11 +119,21 @@ extern "C" __global__ void mixed(Scale p, const double* x, int mode) {
   if (i >= p.n) return;
   float v = float(sqrt(x[i])) * p.factor;
   switch (mode) {
-    case 0: v += table[i & 3]; break;
-    case 1: v = angle(v, 5); break;
-    case 2: v = fmodf(v, 0.75f); break;
-    case 3: v = expf(v) / 3.f; break;
-    case 4: v = float(i * 1103515245ll % 1000); break;
+    case 0:
+      v += table[i & 3];
+      break;
+    case 1:
+      v = angle(v, 5);
+      break;
+    case 2:
+      v = fmodf(v, 0.75f);
+      break;
+    case 3:
+      v = expf(v) / 3.f;
+      break;
+    case 4:
+      v = float(i * 1103515245ll % 1000);
+      break;
     default: {
       float local[8];
       for (int j = 0; j < 8; j++) local[j] = v * j;
