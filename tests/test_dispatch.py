@@ -329,6 +329,11 @@ BAD_CALLS = {
     ),
     "weight, width": (lambda: ops.rotated_linear(x, W[:, :4], None, u, T), ValueError, "weight must be \\[N, K = 8\\]"),
     "bias": (lambda: ops.rotated_linear(x, W, b[:2], u, T), ValueError, "bias must be .*\\[5\\]; got .*\\[2\\]"),
+    "dy": (
+        lambda: ops.rotated_linear_backward(x, x, W, x[:, :3], u, T, [True, True]),
+        ValueError,
+        "rotated_linear_backward: dy must be .*got float32 of shape \\[2, 8\\]",
+    ),
     "project, x": (lambda: ops.project(x[:, :2], u), ValueError, "project: x must have K = 8 columns"),
     "dP": (
         lambda: ops.project_backward(x, x, u, [True, True]),

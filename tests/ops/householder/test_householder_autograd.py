@@ -87,9 +87,10 @@ def test_only_the_wanted_gradients_are_computed(backend, wanted, precision):
         y.sum().backward()
     ran = {name for name, _ in calls.seen}
     assert ("wy_factor_backward" in ran) == u.requires_grad
-    assert ("rotate_backward" in ran) == (x.requires_grad or u.requires_grad)
-    if "rotate_backward" in ran:
-        assert calls.mask("rotate_backward") == (x.requires_grad, u.requires_grad)
+    backward = "rotate_backward" if precision == "fast" else "rotated_linear_backward"
+    assert (backward in ran) == (x.requires_grad or u.requires_grad)
+    if backward in ran:
+        assert calls.mask(backward) == (x.requires_grad, u.requires_grad)
     for tensor in named.values():
         assert (tensor.grad is not None) == tensor.requires_grad
 
@@ -105,6 +106,13 @@ def test_unwanted_outputs_of_a_backward_are_empty(backend):
     assert torch.equal(only_x[0], both[0]) and [tuple(t.shape) for t in only_x[1:]] == [(0,), (0,)]
     assert only_V[0].shape == (0,) and torch.equal(only_V[1], both[1]) and torch.equal(only_V[2], both[2])
     assert all(t.shape == (0,) for t in neither)
+    half, weight = x.bfloat16(), torch.randn(5, 11).bfloat16()
+    dy = torch.randn(6, 5).bfloat16()
+    shapes = [
+        [tuple(t.shape) for t in torch.ops.peftkern.rotated_linear_backward(dy, half, weight, P, V, T, mask)]
+        for mask in ([True, False], [False, True], [False, False])
+    ]
+    assert shapes == [[(6, 11), (0,), (0,)], [(0,), (11, 3), (3, 3)], [(0,), (0,), (0,)]]
     dx, dV = torch.ops.peftkern.project_backward(P, x, V, [True, False])
     assert dx.shape == x.shape and dV.shape == (0,)
 

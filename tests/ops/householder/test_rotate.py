@@ -207,7 +207,9 @@ def test_the_number_of_threads_changes_no_bit(backend, dtype):
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             T = torch.ops.peftkern.wy_factor(u)
-            results.append((*run(x, u, dz), T, *torch.ops.peftkern.rotated_linear(x, weight, None, u, T)))
+            y, P = torch.ops.peftkern.rotated_linear(x, weight, None, u, T)
+            backward = torch.ops.peftkern.rotated_linear_backward(y, x, weight, P, u, T, [True, True])
+            results.append((*run(x, u, dz), T, y, P, *backward))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
