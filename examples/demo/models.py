@@ -40,6 +40,7 @@ class Sentiment:
     measure = "held-out accuracy"
     steps, batch, length, lr, eps = 120, 16, 48, 5e-3, 1e-8
     held_out = 1000
+    turns = 8  # steps that the two arms take in turns, for a ratio that a busy machine can't bend
     where = {  # noqa: RUF012
         "target_modules": r"encoder\.encoder\.layer\.\d+\..*(query|key|value|dense)",
         "modules_to_save": ["classifier"],
@@ -104,6 +105,7 @@ class LanguageModel:
     measure = "held-out perplexity"
     steps, batch, length, lr, eps = 15, 4, 64, 5e-3, 1e-8
     held_out = 60
+    turns = 4
     held_out_chunks = 32
     gguf = "SmolLM2-135M-Instruct.Q4_1.gguf"
     where = {"target_modules": r".*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"}  # noqa: RUF012

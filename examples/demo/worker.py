@@ -10,9 +10,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from . import data, models, report, train
 
-# Steps that the two arms take in turns, for a ratio that a busy machine can't bend.
-TURNS = 8
-
 
 def prepared(options):
     """(task, device) for the command line's options, libraries told to leave the terminal alone."""
@@ -84,8 +81,8 @@ def compare(options):
         found = {"reloaded": asdict(train.score(task, plain, task.held_out_batches()))}
     del plain
     if options.arms == "both":
-        with report.busy(f"timing {TURNS} steps of each, taking turns"):
+        with report.busy(f"timing {task.turns} steps of each, taking turns"):
             arms = [build(task, options, device, arm)[0] for arm in ("peft", "peftkern")]
-            batches = task.batches(TURNS, options.seed + 1)
+            batches = task.batches(task.turns, options.seed + 1)
             found["alternating"] = dict(zip(("peft", "peftkern"), train.alternate(task, arms, batches), strict=True))
     return found
