@@ -199,17 +199,18 @@ def test_two_runs_are_bitwise_equal(backend):
 @pytest.mark.parametrize("backend", ("cpu",), indirect=True)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_the_number_of_threads_changes_no_bit(backend, dtype):
+    """Of what the kernels compute; y and dx of an exact layer contain torch's own product, which threads may split."""
     x, dz = torch.randn(2, 517, 515).to(dtype)
-    u, weight = torch.randn(515, 9), torch.randn(130, 515).to(dtype)
+    u, weight, dy = torch.randn(515, 9), torch.randn(130, 515).to(dtype), torch.randn(517, 130).to(dtype)
     results = []
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             T = torch.ops.peftkern.wy_factor(u)
-            y, P = torch.ops.peftkern.rotated_linear(x, weight, None, u, T)
-            backward = torch.ops.peftkern.rotated_linear_backward(y, x, weight, P, u, T, [True, True])
-            results.append((*run(x, u, dz), T, y, P, *backward))
+            _, P = torch.ops.peftkern.rotated_linear(x, weight, None, u, T)
+            _, dV, dT = torch.ops.peftkern.rotated_linear_backward(dy, x, weight, P, u, T, [True, True])
+            results.append((*run(x, u, dz), T, P, dV, dT))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
