@@ -229,7 +229,9 @@ class CMakeBuild(build_ext):
             options["CMAKE_CUDA_COMPILER"] = tools["nvcc"]
             options["CMAKE_CUDA_HOST_COMPILER"] = tools["cxx"]
             options["PEFTKERN_CUDA_ARCHS"] = cuda_archs(os.environ, archs_known_to(tools["nvcc"]))
-        build = Path(self.build_temp).resolve() / part
+        # An editable install is given a folder that goes away; objects kept in the tree make the next one quick.
+        kept = ROOT / "build" / f"editable.{sys.implementation.cache_tag}"
+        build = (kept if self.editable_mode else Path(self.build_temp).resolve()) / part
         fresh_folder(build, json.dumps(options))
         # These live in a folder that pip makes anew for every build, so they are no reason to start over.
         options |= {"CMAKE_MAKE_PROGRAM": tools["ninja"], "pybind11_DIR": pybind11.get_cmake_dir()}
