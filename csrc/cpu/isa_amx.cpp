@@ -184,16 +184,18 @@ void rotate_backward_tiles(const Rows& dz, const Rows& x, int64_t M, const float
 void pack_linear_tiles(const Rows& x, int64_t M, const Rows& W, int64_t N, const Reflectors& reflectors,
                        const double* T, const Rows& xs, const Rows& ws, float* P, int threads) {
   int r = reflectors.r;
-  int64_t K = reflectors.K, pad = xs.stride - K, x_blocks = ceil_div(M, kBlock),
-          blocks = x_blocks + ceil_div(N, kBlock);
+  int64_t K = reflectors.K, x_blocks = ceil_div(M, kBlock), blocks = x_blocks + ceil_div(N, kBlock);
   TilePanels V(reflectors, threads);
+  Panels<float> V_fp32(reflectors, true, threads);
   Buffer<double> small(int64_t(r) * padded_rank(r));
   to_pair_basis(T, r, true, small.data());
   threads = useful_threads(threads, blocks, (M + N) * K * r / 8);
   TileWorkspace workspace(K, r, V.columns, V.terms, threads);
+  Workspace<float> workspace_fp32(r, threads);
 #pragma omp parallel num_threads(threads)
   {
     ThreadTiles scratch(workspace);
+    ThreadScratch<float> scratch_fp32(workspace_fp32);
     float *product = scratch.small[0], *tail = scratch.small[1];
     configure_tiles(16);
 #pragma omp for schedule(dynamic)
@@ -202,15 +204,17 @@ void pack_linear_tiles(const Rows& x, int64_t M, const Rows& W, int64_t N, const
       const Rows& in = is_x ? x : W;
       int64_t row0 = (is_x ? b : b - x_blocks) * kBlock;
       int rows = min_int(kBlock, (is_x ? M : N) - row0);
-      tile_shrink(whole_block(in, row0, rows, K, scratch.block0), V, scratch.sums, product);
       if (is_x) {
+        // P goes on to the gradient of V, which is fp32: no tiles, whose two bf16 terms of V leave 2^-17.
+        shrink(in, row0, rows, K, V_fp32, product, scratch_fp32);
         multiply_small(product, rows, r, small.data(), tail);
         to_plain_basis(product, rows, r);
         memcpy(P + row0 * r, product, rows * r * sizeof(float));
       } else {
+        tile_shrink(whole_block(in, row0, rows, K, scratch.block0), V, scratch.sums, product);
         for (int i = 0; i < rows * r; i++) tail[i] = -product[i];
       }
-      write_augmented(in, tail, row0, rows, K, r, pad, is_x ? xs : ws);
+      write_augmented(in, tail, row0, rows, K, r, is_x, is_x ? xs : ws);
     }
   }
 }

@@ -146,7 +146,7 @@ def rotated_linear(x, weight, bias, V, T):
                                  y.data_ptr(), P.data_ptr())
         # fmt: on
         return y, P
-    width = K + (r + 31) // 32 * 32
+    width = K + (3 * r + 31) // 32 * 32
     xs, ws = x.new_empty(M, width), _weight_scratch(N, width, x.dtype)
     # fmt: off
     _library.pack_linear(_level, _threads(), rows.data_ptr(), _CODES[x.dtype], M, stride, W.data_ptr(), N, W_stride,
