@@ -1,6 +1,6 @@
 // bf16 products on AMX tiles with fp32 sums: a block of 32 rows X [32,K] against packed reflectors V [K,r].
-// Used by isa_amx.cpp; K is a multiple of 32 and X is exact in bf16, so only V and S are split into bf16 hi + lo.
-// shrink P = X V, expand X - S V^T (S_hi V_hi + S_hi V_lo + S_lo V_hi), outer D -= S^T X.
+// Used by isa_amx.cpp; K is a multiple of 32 and X is exact in bf16, so only V and S are split into bf16 terms.
+// shrink P = X V and outer D -= S^T X with three terms, expand X - S V^T with two (S_hi V_hi + S_hi V_lo + S_lo V_hi).
 #pragma once
 
 #include "exact.h"
@@ -41,18 +41,26 @@ inline Half32 interleave(Half16 a, Half16 b) { return (Half32)(widen_lanes((VH)a
 inline Half32 load_half32(const uint16_t* p) { return (Half32)_mm512_loadu_si512(p); }
 inline void store_half32(uint16_t* p, Half32 v) { _mm512_storeu_si512(p, (__m512i)v); }
 
-// hi + lo = value to 16 significant bits.
-inline void split_bf16(const float* values, int n, uint16_t* hi, uint16_t* lo) {
+// Terms of a split: two give 16 significant bits, enough for what is rounded to bf16 next, three give all 24 of fp32.
+constexpr int kTerms = 3;
+
+// parts[0] + ... + parts[terms - 1] = value.
+inline void split_bf16(const float* values, int n, int terms, uint16_t* const parts[]) {
   int i = 0;
   for (; i + 16 <= n; i += 16) {
-    VF::type value = VF::load(values + i);
-    Half16 high = round_bf16(value), low = round_bf16(value - widen_bf16(high));
-    memcpy(hi + i, &high, sizeof high);
-    memcpy(lo + i, &low, sizeof low);
+    VF::type rest = VF::load(values + i);
+    for (int t = 0; t < terms; t++) {
+      Half16 part = round_bf16(rest);
+      memcpy(parts[t] + i, &part, sizeof part);
+      rest -= widen_bf16(part);
+    }
   }
   for (; i < n; i++) {
-    hi[i] = to_bf16(values[i]).bits;
-    lo[i] = to_bf16(values[i] - to_float(bf16{hi[i]})).bits;
+    float rest = values[i];
+    for (int t = 0; t < terms; t++) {
+      parts[t][i] = to_bf16(rest).bits;
+      rest -= to_float(bf16{parts[t][i]});
+    }
   }
 }
 
@@ -64,7 +72,7 @@ class TilePanels {
         columns(int(ceil_div(V.r, 16))),
         terms(int(ceil_div(3 * V.r, 32))),
         panels(V.K / kPanel),
-        shrink_(panels * columns * 2 * kTile),
+        shrink_(panels * columns * kTerms * kTile),
         expand_(panels * 2 * terms * kTile) {
     Panels<float> source(V, true, threads);
     threads = useful_threads(threads, panels, V.K * V.r * 4);
@@ -72,9 +80,9 @@ class TilePanels {
     for (int64_t p = 0; p < panels; p++) pack(source.panel(p), p);
   }
 
-  // Tile (k, j) of panel p: part 0 is hi, part 1 lo.
+  // Tile (k, j) of panel p, one part of the split.
   const uint16_t* shrink(int64_t p, int column, int part) const {
-    return shrink_.data() + ((p * columns + column) * 2 + part) * kTile;
+    return shrink_.data() + ((p * columns + column) * kTerms + part) * kTile;
   }
   // Tile (term and rank, k) of 16 columns, `half` 0 or 1 of panel p.
   const uint16_t* expand(int64_t p, int half, int term) const {
@@ -86,18 +94,22 @@ class TilePanels {
 
  private:
   void pack(const float* v, int64_t p) {
-    // hi, lo, hi of every reflection: the rows t of the expand operand, zeros up to whole tiles.
     alignas(64) uint16_t split[3 * kMaxRank + 32][kPanel];
-    for (int j = 0; j < r; j++) split_bf16(v + j * kPanel, kPanel, split[j], split[r + j]);
+    for (int j = 0; j < r; j++) {
+      uint16_t* const parts[] = {split[j], split[r + j], split[2 * r + j]};
+      split_bf16(v + j * kPanel, kPanel, kTerms, parts);
+    }
+    uint16_t* tiles = shrink_.data() + p * columns * kTerms * kTile;
+    memset(tiles, 0, columns * kTerms * kTile * sizeof(uint16_t));
+    for (int j = 0; j < r; j++)
+      for (int part = 0; part < kTerms; part++)
+        for (int pair = 0; pair < 16; pair++)
+          memcpy(tiles + (j / 16 * kTerms + part) * kTile + (pair * 16 + j % 16) * 2, &split[part * r + j][2 * pair],
+                 4);
+
+    // hi, lo, hi of every reflection: the rows t of the expand operand, zeros up to whole tiles.
     memcpy(split[2 * r], split[0], r * sizeof split[0]);
     memset(split[3 * r], 0, (terms * 32 - 3 * r) * sizeof split[0]);
-
-    uint16_t* tiles = shrink_.data() + p * columns * 2 * kTile;
-    memset(tiles, 0, columns * 2 * kTile * sizeof(uint16_t));
-    for (int j = 0; j < r; j++)
-      for (int part = 0; part < 2; part++)
-        for (int pair = 0; pair < 16; pair++)
-          memcpy(tiles + (j / 16 * 2 + part) * kTile + (pair * 16 + j % 16) * 2, &split[part * r + j][2 * pair], 4);
 
     tiles = expand_.data() + p * 2 * terms * kTile;
     Half32 minus = (Half32){} + uint16_t(0x8000);
@@ -140,7 +152,7 @@ inline void tile_shrink(HalfBlock x, const TilePanels& V, float* sums, float* P)
       const uint16_t* rows = x.data + p * kPanel;
       _tile_loadd(4, rows, x_bytes);
       _tile_loadd(5, rows + 16 * x.stride, x_bytes);
-      for (int part = 0; part < 2; part++) {
+      for (int part = 0; part < kTerms; part++) {
         _tile_loadd(6, V.shrink(p, column, part), 64);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 5, 6);
@@ -204,15 +216,13 @@ inline void tile_expand(HalfBlock x, int rows, const uint16_t* S, const TilePane
   }
 }
 
-// Left operand of outer: -S^T, hi then lo, [columns][2][height][32 rows of the block].
-inline void pack_outer_rows(const uint16_t* hi, const uint16_t* lo, int r, int columns, int height, uint16_t* out) {
-  memset(out, 0, columns * 2 * kTile * sizeof(uint16_t));
+// Left operand of outer: -S^T in three terms, [columns][kTerms][height][32 rows of the block].
+inline void pack_outer_rows(uint16_t* const parts[], int r, int columns, int height, uint16_t* out) {
+  memset(out, 0, columns * kTerms * kTile * sizeof(uint16_t));
   for (int j = 0; j < r; j++) {
-    uint16_t* tile = out + j / height * 2 * kTile + j % height * 32;
-    for (int i = 0; i < kBlock; i++) {
-      tile[i] = hi[i * r + j] ^ 0x8000;
-      tile[kTile + i] = lo[i * r + j] ^ 0x8000;
-    }
+    uint16_t* tile = out + j / height * kTerms * kTile + j % height * 32;
+    for (int part = 0; part < kTerms; part++, tile += kTile)
+      for (int i = 0; i < kBlock; i++) tile[i] = parts[part][i * r + j] ^ 0x8000;
   }
 }
 
@@ -229,9 +239,25 @@ inline void pack_row_pairs(const uint16_t* x, int64_t stride, uint16_t* tiles) {
   }
 }
 
+// Tiles 0 and 1 -= S^T X for two tiles of row pairs of X.
+inline void tile_outer_terms(const uint16_t* S, const uint16_t* pairs) {
+  _tile_loadd(6, pairs, 64);
+  _tile_loadd(7, pairs + kTile, 64);
+  _tile_loadd(2, S, 64);
+  _tile_loadd(3, S + kTile, 64);
+  _tile_loadd(4, S + 2 * kTile, 64);
+  _tile_dpbf16ps(0, 2, 6);
+  _tile_dpbf16ps(1, 2, 7);
+  _tile_dpbf16ps(0, 3, 6);
+  _tile_dpbf16ps(1, 3, 7);
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_dpbf16ps(1, 4, 7);
+}
+
 // D -= S^T dz + R^T x for one block; D is [K/32][2][columns][height][16] fp32, tiles 0 to 5 have `height` rows.
 inline void tile_outer(HalfBlock dz, HalfBlock x, const uint16_t* S, const uint16_t* R, int columns, int height,
                        int64_t panels, uint16_t* pairs, float* D) {
+  static_assert(kTerms == 3, "tile_outer_terms names its tiles");
   uint16_t *dz_pairs = pairs, *x_pairs = pairs + 2 * kTile;
   for (int64_t p = 0; p < panels; p++) {
     pack_row_pairs(dz.data + p * kPanel, dz.stride, dz_pairs);
@@ -240,26 +266,10 @@ inline void tile_outer(HalfBlock dz, HalfBlock x, const uint16_t* S, const uint1
     for (int column = 0; column < columns; column++) {
       float* d = D + (p * 2 * columns + column) * height * 16;
       int64_t next_half = int64_t(columns) * height * 16;
-      if (columns > 1 || p == 0) {
-        _tile_loadd(2, S + column * 2 * kTile, 64);
-        _tile_loadd(3, S + column * 2 * kTile + kTile, 64);
-        _tile_loadd(4, R + column * 2 * kTile, 64);
-        _tile_loadd(5, R + column * 2 * kTile + kTile, 64);
-      }
       _tile_loadd(0, d, 64);
       _tile_loadd(1, d + next_half, 64);
-      _tile_loadd(6, dz_pairs, 64);
-      _tile_loadd(7, dz_pairs + kTile, 64);
-      _tile_dpbf16ps(0, 2, 6);
-      _tile_dpbf16ps(1, 2, 7);
-      _tile_dpbf16ps(0, 3, 6);
-      _tile_dpbf16ps(1, 3, 7);
-      _tile_loadd(6, x_pairs, 64);
-      _tile_loadd(7, x_pairs + kTile, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_dpbf16ps(0, 5, 6);
-      _tile_dpbf16ps(1, 5, 7);
+      tile_outer_terms(S + column * kTerms * kTile, dz_pairs);
+      tile_outer_terms(R + column * kTerms * kTile, x_pairs);
       _tile_stored(0, d, 64);
       _tile_stored(1, d + next_half, 64);
     }

@@ -31,13 +31,12 @@ struct TileWorkspace {
   TileWorkspace(int64_t K, int r, int columns, int terms, int threads)
       : K(K),
         small_size(kBlock * padded_rank(r)),
-        column_size(columns * 2 * kTile),
+        column_size(columns * kTerms * kTile),
         term_size(terms * 2 * kTile),
         sum_size(kBlock * (columns * 16 > 2 * kPanel ? columns * 16 : 2 * kPanel)),
         block0(threads * kBlock * K),
         block1(threads * kBlock * K),
-        hi(threads * small_size),
-        lo(threads * small_size),
+        split(threads * kTerms * small_size),
         expand(threads * term_size),
         outer(threads * 2 * column_size),
         pairs(threads * 4 * kTile),
@@ -46,7 +45,7 @@ struct TileWorkspace {
         wide(threads * 2 * small_size) {}
 
   const int64_t K, small_size, column_size, term_size, sum_size;
-  Buffer<uint16_t> block0, block1, hi, lo, expand, outer, pairs;
+  Buffer<uint16_t> block0, block1, split, expand, outer, pairs;
   Buffer<float> sums, small;
   Buffer<double> wide;
 };
@@ -56,8 +55,7 @@ struct ThreadTiles {
     int t = thread_index();
     block0 = w.block0.data() + t * kBlock * w.K;
     block1 = w.block1.data() + t * kBlock * w.K;
-    hi = w.hi.data() + t * w.small_size;
-    lo = w.lo.data() + t * w.small_size;
+    for (int i = 0; i < kTerms; i++) split[i] = w.split.data() + (kTerms * t + i) * w.small_size;
     expand = w.expand.data() + t * w.term_size;
     outer_S = w.outer.data() + 2 * t * w.column_size;
     outer_R = outer_S + w.column_size;
@@ -68,7 +66,7 @@ struct ThreadTiles {
   }
   ~ThreadTiles() { _tile_release(); }
 
-  uint16_t *block0, *block1, *hi, *lo, *expand, *outer_S, *outer_R, *pairs;
+  uint16_t *block0, *block1, *split[kTerms], *expand, *outer_S, *outer_R, *pairs;
   float *sums, *small[4];
   double* wide[2];
 };
@@ -94,8 +92,8 @@ void rotate_tiles(const Rows& x, int64_t M, const Reflectors& reflectors, const 
       HalfBlock block = whole_block(x, row0, rows, K, scratch.block0);
       tile_shrink(block, V, scratch.sums, block_P);
       multiply_small(block_P, kBlock, r, small.data(), S);
-      split_bf16(S, kBlock * r, scratch.hi, scratch.lo);
-      pack_expand_rows(scratch.hi, scratch.lo, r, V.terms, scratch.expand);
+      split_bf16(S, kBlock * r, 2, scratch.split);
+      pack_expand_rows(scratch.split[0], scratch.split[1], r, V.terms, scratch.expand);
       tile_expand(block, rows, scratch.expand, V, reinterpret_cast<uint16_t*>(address(z, row0, 0)), z.stride,
                   scratch.sums);
       to_plain_basis(block_P, rows, r);
@@ -151,8 +149,8 @@ void rotate_backward_tiles(const Rows& dz, const Rows& x, int64_t M, const float
         tile_shrink(dz_block, V, scratch.sums, Q);
         if (dx) {
           multiply_small(Q, kBlock, r, pair_R.data(), R);
-          split_bf16(R, kBlock * r, scratch.hi, scratch.lo);
-          pack_expand_rows(scratch.hi, scratch.lo, r, V.terms, scratch.expand);
+          split_bf16(R, kBlock * r, 2, scratch.split);
+          pack_expand_rows(scratch.split[0], scratch.split[1], r, V.terms, scratch.expand);
           tile_expand(dz_block, rows, scratch.expand, V, reinterpret_cast<uint16_t*>(address(out, row0, 0)), K,
                       scratch.sums);
         }
@@ -166,10 +164,10 @@ void rotate_backward_tiles(const Rows& dz, const Rows& x, int64_t M, const float
         widen_small(block_P, kBlock, r, scratch.wide[0]);
         widen_small(Q, kBlock, r, scratch.wide[1]);
         cross_accumulate(scratch.wide[reverse ? 0 : 1], scratch.wide[reverse ? 1 : 0], kBlock, r, -1, false, sum_dT);
-        split_bf16(S, kBlock * r, scratch.hi, scratch.lo);
-        pack_outer_rows(scratch.hi, scratch.lo, r, V.columns, height, scratch.outer_S);
-        split_bf16(R, kBlock * r, scratch.hi, scratch.lo);
-        pack_outer_rows(scratch.hi, scratch.lo, r, V.columns, height, scratch.outer_R);
+        split_bf16(S, kBlock * r, kTerms, scratch.split);
+        pack_outer_rows(scratch.split, r, V.columns, height, scratch.outer_S);
+        split_bf16(R, kBlock * r, kTerms, scratch.split);
+        pack_outer_rows(scratch.split, r, V.columns, height, scratch.outer_R);
         configure_tiles(height);
         tile_outer(dz_block, x_block, scratch.outer_S, scratch.outer_R, V.columns, height, V.panels, scratch.pairs,
                    sum_dV);
@@ -186,16 +184,13 @@ void pack_linear_tiles(const Rows& x, int64_t M, const Rows& W, int64_t N, const
   int r = reflectors.r;
   int64_t K = reflectors.K, x_blocks = ceil_div(M, kBlock), blocks = x_blocks + ceil_div(N, kBlock);
   TilePanels V(reflectors, threads);
-  Panels<float> V_fp32(reflectors, true, threads);
   Buffer<double> small(int64_t(r) * padded_rank(r));
   to_pair_basis(T, r, true, small.data());
   threads = useful_threads(threads, blocks, (M + N) * K * r / 8);
   TileWorkspace workspace(K, r, V.columns, V.terms, threads);
-  Workspace<float> workspace_fp32(r, threads);
 #pragma omp parallel num_threads(threads)
   {
     ThreadTiles scratch(workspace);
-    ThreadScratch<float> scratch_fp32(workspace_fp32);
     float *product = scratch.small[0], *tail = scratch.small[1];
     configure_tiles(16);
 #pragma omp for schedule(dynamic)
@@ -204,14 +199,12 @@ void pack_linear_tiles(const Rows& x, int64_t M, const Rows& W, int64_t N, const
       const Rows& in = is_x ? x : W;
       int64_t row0 = (is_x ? b : b - x_blocks) * kBlock;
       int rows = min_int(kBlock, (is_x ? M : N) - row0);
+      tile_shrink(whole_block(in, row0, rows, K, scratch.block0), V, scratch.sums, product);
       if (is_x) {
-        // P goes on to the gradient of V, which is fp32: no tiles, whose two bf16 terms of V leave 2^-17.
-        shrink(in, row0, rows, K, V_fp32, product, scratch_fp32);
         multiply_small(product, rows, r, small.data(), tail);
         to_plain_basis(product, rows, r);
         memcpy(P + row0 * r, product, rows * r * sizeof(float));
       } else {
-        tile_shrink(whole_block(in, row0, rows, K, scratch.block0), V, scratch.sums, product);
         for (int i = 0; i < rows * r; i++) tail[i] = -product[i];
       }
       write_augmented(in, tail, row0, rows, K, r, is_x, is_x ? xs : ws);
