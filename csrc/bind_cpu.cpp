@@ -81,6 +81,7 @@ static void bind_exact(py::module_& m) {
   m.def("pack_linear",
         [](int level, int threads, Pointer x, int dtype, int64_t M, int64_t x_stride, Pointer W, int64_t N,
            int64_t W_stride, V_ARGS, Pointer T, Pointer xs, Pointer ws, int64_t width, Pointer P) {
+          if (width < K + 3 * r) throw std::invalid_argument("width must be at least K + 3 r");
           py::gil_scoped_release unlocked;
           kernels(level).pack_linear(rows(x, dtype, x_stride), M, rows(W, dtype, W_stride), N, V_VALUE, doubles(T),
                                      rows(xs, dtype, width), rows(ws, dtype, width), raw(P), threads);

@@ -3,7 +3,7 @@
 // shrink P = X V and outer D -= S^T X with three terms, expand X - S V^T with two (S_hi V_hi + S_hi V_lo + S_lo V_hi).
 #pragma once
 
-#include "exact.h"
+#include "exact_backward.h"
 
 namespace peftkern {
 namespace PEFTKERN_ISA {
@@ -254,22 +254,26 @@ inline void tile_outer_terms(const uint16_t* S, const uint16_t* pairs) {
   _tile_dpbf16ps(1, 4, 7);
 }
 
-// D -= S^T dz + R^T x for one block; D is [K/32][2][columns][height][16] fp32, tiles 0 to 5 have `height` rows.
-inline void tile_outer(HalfBlock dz, HalfBlock x, const uint16_t* S, const uint16_t* R, int columns, int height,
-                       int64_t panels, uint16_t* pairs, float* D) {
+// One summand S^T X of outer: 32 rows of X and S as pack_outer_rows left it.
+struct OuterOperand {
+  HalfBlock x;
+  const uint16_t* S;
+};
+
+// D -= sum of S^T X over one or two operands; D is [K/32][2][columns][height][16] fp32, tiles 0 to 5 have `height` rows.
+inline void tile_outer(const OuterOperand* operands, int count, int columns, int height, int64_t panels,
+                       uint16_t* pairs, float* D) {
   static_assert(kTerms == 3, "tile_outer_terms names its tiles");
-  uint16_t *dz_pairs = pairs, *x_pairs = pairs + 2 * kTile;
   for (int64_t p = 0; p < panels; p++) {
-    pack_row_pairs(dz.data + p * kPanel, dz.stride, dz_pairs);
-    pack_row_pairs(x.data + p * kPanel, x.stride, x_pairs);
+    for (int o = 0; o < count; o++)
+      pack_row_pairs(operands[o].x.data + p * kPanel, operands[o].x.stride, pairs + o * 2 * kTile);
     finish_stores();
     for (int column = 0; column < columns; column++) {
       float* d = D + (p * 2 * columns + column) * height * 16;
       int64_t next_half = int64_t(columns) * height * 16;
       _tile_loadd(0, d, 64);
       _tile_loadd(1, d + next_half, 64);
-      tile_outer_terms(S + column * kTerms * kTile, dz_pairs);
-      tile_outer_terms(R + column * kTerms * kTile, x_pairs);
+      for (int o = 0; o < count; o++) tile_outer_terms(operands[o].S + column * kTerms * kTile, pairs + o * 2 * kTile);
       _tile_stored(0, d, 64);
       _tile_stored(1, d + next_half, 64);
     }

@@ -44,7 +44,7 @@ const Kernels kernels = {
     project_entry,    project_backward_entry,
     rotate_entry,     rotate_backward_entry,
     pack_linear,      linear_few_rows,
-    linear_backward,  penalty,
+    linear_backward<VectorProducts>,  penalty,
     penalty_backward,
 };
 

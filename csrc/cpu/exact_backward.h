@@ -1,7 +1,6 @@
 // Backward of the exact precision: dx and the reflectors' gradient from dy itself, in fp32 as if dz were never rounded.
 // Compiled once per instruction set; the products are those of rotate.h, chained through buffers of N x r and M x r.
-// B = W V [N,r], Q = dy B, R = Q C^T, S = P C with C = T^T:  dx = dz - R V^T,  dV = -W^T (dy^T S) - x^T R,  dT = -Q^T
-// P.
+// B = W V, Q = dy B, R = Q T, S = P T^T:  dx = dz - R V^T,  dV = -W^T (dy^T S) - x^T R,  dT = -Q^T P.
 #pragma once
 
 #include "exact.h"
@@ -35,8 +34,20 @@ inline void small_gradient(const float* Q, const float* P, int64_t M, int r, dou
     for (int j = 0; j < r; j++) dT[i * r + j] = sum[i * rp + j];
 }
 
+// The skinny products of linear_backward in fp32 vectors; isa_amx.cpp has them on tiles.
+struct VectorProducts {
+  static void project(const Rows& x, int64_t M, const Reflectors& V, float* P, int threads) {
+    PEFTKERN_ISA::project(x, M, V, P, threads);
+  }
+  static void project_backward(const float* dP, const Rows& x, int64_t M, const Reflectors& V, void* dx, float* dV,
+                               int threads, const Rows* addend) {
+    PEFTKERN_ISA::project_backward(dP, x, M, V, dx, dV, threads, addend);
+  }
+};
+
 // dz [M,K] = dy W comes from the library, rounded; null dx or dV: not wanted.
-inline void linear_backward(const Rows& dy, const Rows& x, const Rows& dz, int64_t M, const Rows& W, int64_t N,
+template <class Products>
+void linear_backward(const Rows& dy, const Rows& x, const Rows& dz, int64_t M, const Rows& W, int64_t N,
                             const void* P_in, const Reflectors& V, const double* T, void* dx, void* dV_out, double* dT,
                             int threads) {
   int r = V.r;
@@ -46,16 +57,16 @@ inline void linear_backward(const Rows& dy, const Rows& x, const Rows& dz, int64
   Buffer<float> B(N * r), Q(M * r), R(M * r), S(dV ? M * r : 0), dB(dV ? N * r : 0), dV_x(dV ? K * r : 0);
   Buffer<double> C(int64_t(r) * padded_rank(r));
   Reflectors B_as_V = {B.data(), kFloat32, N, r, r, 1};
-  project(W, N, V, B.data(), threads);
-  project(dy, M, B_as_V, Q.data(), threads);
+  Products::project(W, N, V, B.data(), threads);
+  Products::project(dy, M, B_as_V, Q.data(), threads);
   pad_matrix(T, r, false, C.data());
   multiply_rows(Q.data(), M, r, C.data(), -1, R.data(), threads);
-  project_backward(R.data(), x, M, V, dx, dV ? dV_x.data() : nullptr, threads, dx ? &dz : nullptr);
+  Products::project_backward(R.data(), x, M, V, dx, dV ? dV_x.data() : nullptr, threads, dx ? &dz : nullptr);
   if (!dV) return;
   pad_matrix(T, r, true, C.data());
   multiply_rows(P, M, r, C.data(), -1, S.data(), threads);
-  project_backward<float>(S.data(), dy, M, B_as_V, nullptr, dB.data(), threads);
-  project_backward<float>(dB.data(), W, N, V, nullptr, dV, threads);
+  Products::project_backward(S.data(), dy, M, B_as_V, nullptr, dB.data(), threads, nullptr);
+  Products::project_backward(dB.data(), W, N, V, nullptr, dV, threads, nullptr);
   for (int64_t i = 0; i < K * r; i++) dV[i] += dV_x[i];
   small_gradient(Q.data(), P, M, r, dT);
 }

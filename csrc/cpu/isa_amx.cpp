@@ -169,8 +169,8 @@ void rotate_backward_tiles(const Rows& dz, const Rows& x, int64_t M, const float
         split_bf16(R, kBlock * r, kTerms, scratch.split);
         pack_outer_rows(scratch.split, r, V.columns, height, scratch.outer_R);
         configure_tiles(height);
-        tile_outer(dz_block, x_block, scratch.outer_S, scratch.outer_R, V.columns, height, V.panels, scratch.pairs,
-                   sum_dV);
+        OuterOperand operands[] = {{dz_block, scratch.outer_S}, {x_block, scratch.outer_R}};
+        tile_outer(operands, 2, V.columns, height, V.panels, scratch.pairs, sum_dV);
       }
     }
   }
@@ -212,6 +212,90 @@ void pack_linear_tiles(const Rows& x, int64_t M, const Rows& W, int64_t N, const
   }
 }
 
+void project_tiles(const Rows& x, int64_t M, const Reflectors& reflectors, float* P, int threads) {
+  int r = reflectors.r;
+  int64_t K = reflectors.K, blocks = ceil_div(M, kBlock);
+  TilePanels V(reflectors, threads);
+  threads = useful_threads(threads, blocks, M * K * r / 8);
+  TileWorkspace workspace(K, r, V.columns, V.terms, threads);
+#pragma omp parallel num_threads(threads)
+  {
+    ThreadTiles scratch(workspace);
+    float* block_P = scratch.small[0];
+    configure_tiles(16);
+#pragma omp for schedule(dynamic)
+    for (int64_t b = 0; b < blocks; b++) {
+      int64_t row0 = b * kBlock;
+      int rows = min_int(kBlock, M - row0);
+      tile_shrink(whole_block(x, row0, rows, K, scratch.block0), V, scratch.sums, block_P);
+      to_plain_basis(block_P, rows, r);
+      memcpy(P + row0 * r, block_P, rows * r * sizeof(float));
+    }
+  }
+}
+
+// dx = addend + dP V^T with bf16 addend (null dx: not wanted), dV = x^T dP (null dV: not wanted).
+void project_backward_tiles(const float* dP, const Rows& x, int64_t M, const Reflectors& reflectors, void* dx,
+                            float* dV, int threads, const Rows* addend) {
+  int r = reflectors.r, requested = threads, height = r <= 8 ? 8 : 16;
+  int64_t K = reflectors.K, sum_rows = rows_per_sum(M), sums = ceil_div(M, sum_rows);
+  TilePanels V(reflectors, threads);
+  Rows out = {dx, kBFloat16, K};
+  int64_t dV_size = dV ? K * V.columns * height : 0;
+  Buffer<float> partial_dV(sums * dV_size);
+  threads = useful_threads(threads, sums, M * K * r / 4);
+  TileWorkspace workspace(K, r, V.columns, V.terms, threads);
+#pragma omp parallel num_threads(threads)
+  {
+    ThreadTiles scratch(workspace);
+    float *S = scratch.small[0], *paired_S = scratch.small[1];
+#pragma omp for schedule(dynamic)
+    for (int64_t s = 0; s < sums; s++) {
+      float* sum_dV = partial_dV.data() + s * dV_size;
+      memset(sum_dV, 0, dV_size * sizeof(float));
+      int64_t end = (s + 1) * sum_rows < M ? (s + 1) * sum_rows : M;
+      for (int64_t row0 = s * sum_rows; row0 < end; row0 += kBlock) {
+        int rows = min_int(kBlock, end - row0);
+        memset(S, 0, kBlock * r * sizeof(float));
+        for (int i = 0; i < rows * r; i++) S[i] = -dP[row0 * r + i];
+        if (dx) {
+          HalfBlock base = whole_block(*addend, row0, rows, K, scratch.block0);
+          to_paired_coefficients(S, kBlock, r, paired_S);
+          split_bf16(paired_S, kBlock * r, 2, scratch.split);
+          pack_expand_rows(scratch.split[0], scratch.split[1], r, V.terms, scratch.expand);
+          configure_tiles(16);
+          tile_expand(base, rows, scratch.expand, V, reinterpret_cast<uint16_t*>(address(out, row0, 0)), K,
+                      scratch.sums);
+        }
+        if (!dV) continue;
+        split_bf16(S, kBlock * r, kTerms, scratch.split);
+        pack_outer_rows(scratch.split, r, V.columns, height, scratch.outer_S);
+        OuterOperand operand = {whole_block(x, row0, rows, K, scratch.block1), scratch.outer_S};
+        configure_tiles(height);
+        tile_outer(&operand, 1, V.columns, height, V.panels, scratch.pairs, sum_dV);
+      }
+    }
+  }
+  if (dV) add_tile_sums(partial_dV.data(), sums, K, r, V.columns, height, dV, requested);
+}
+
+// The products of linear_backward: on tiles where they fit, as bf16 blocks with float32 sums.
+struct TileProducts {
+  static void project(const Rows& x, int64_t M, const Reflectors& V, float* P, int threads) {
+    if (worth_tiles(x, M, V))
+      project_tiles(x, M, V, P, threads);
+    else
+      avx512::kernels.project(x, M, V, P, threads);
+  }
+  static void project_backward(const float* dP, const Rows& x, int64_t M, const Reflectors& V, void* dx, float* dV,
+                               int threads, const Rows* addend) {
+    if (worth_tiles(x, M, V))
+      project_backward_tiles(dP, x, M, V, dx, dV, threads, addend);
+    else
+      VectorProducts::project_backward(dP, x, M, V, dx, dV, threads, addend);
+  }
+};
+
 void rotate_entry(const Rows& x, int64_t M, const Reflectors& V, const double* T, bool reverse, const Rows& z, void* P,
                   int threads) {
   if (worth_tiles(x, M, V))
@@ -242,6 +326,7 @@ Kernels with_tiles() {
   table.rotate = rotate_entry;
   table.rotate_backward = rotate_backward_entry;
   table.pack_linear = pack_linear_entry;
+  table.linear_backward = linear_backward<TileProducts>;
   return table;
 }
 

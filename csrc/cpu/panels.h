@@ -57,6 +57,17 @@ class Panels {
   Buffer<C> data_;
 };
 
+// out [rows][r] = S C^T, so that S V^T = out V'^T.
+inline void to_paired_coefficients(const float* S, int rows, int r, float* out) {
+  for (int i = 0; i < rows; i++, S += r, out += r) {
+    for (int j = 0; j + 1 < r; j += 2) {
+      out[j] = S[j] + S[j + 1];
+      out[j + 1] = (S[j] - S[j + 1]) / 2;
+    }
+    if (r % 2) out[r - 1] = S[r - 1];
+  }
+}
+
 // P [rows][r] = P' C in place, P' = x V': p0 = mean + difference / 2, p1 = mean - difference / 2.
 inline void to_plain_basis(float* P, int rows, int r) {
   for (int i = 0; i < rows; i++, P += r)
