@@ -136,10 +136,10 @@ def test_unwanted_gradients_come_back_empty_and_wanted_ones_unchanged(level, mas
         assert torch.equal(tensor, full) if wanted else tensor.shape == (0,)
 
 
-def strided_forms(x):
-    """The values of x [M, K] in every memory layout a caller may hand over."""
+def strided_forms(x, around=float("nan")):
+    """The values of x [M, K] in every memory layout a caller may hand over, `around` in the memory beside them."""
     M, K = x.shape
-    wide = torch.full((M, K + 9), float("nan"), dtype=x.dtype)
+    wide = torch.full((M, K + 9), around, dtype=x.dtype)
     wide[:, 4 : 4 + K] = x
     yield "columns of a wider tensor", wide[:, 4 : 4 + K]
     yield "transposed", x.t().contiguous().t()
@@ -253,6 +253,101 @@ def test_rotated_linear_rounds_once(level, dtype, bias):
             y, P = cpu.rotated_linear(x_form, W, b, V, T)
             no_worse_than_torch((y,), (plain,), (exact,), (floor(dtype, K),))
             assert y.dtype is dtype and error(P, x.double() @ V.double()) <= floor(V.dtype, K)
+
+
+TAIL_SHAPES = [  # M, K, N, r: columns of the tail (3 r) fewer than, as many as and more than those of x
+    (17, 123, 33, 2), (33, 64, 37, 64), (40, 8, 16, 8), (130, 32, 96, 31), (33, 33, 40, 32), (16, 128, 50, 128),
+    (70, 96, 5, 1), (17, 20, 130, 16), (64, 256, 64, 24),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("gap", (1, 1e-3))
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_the_tail_of_rotated_linear_adds_nothing_to_the_rounding_of_y(level, dtype, gap):
+    for M, K, N, r in TAIL_SHAPES:
+        x, W, V = normal(M, K, dtype=dtype), (normal(N, K, seed=1) / K**0.5).to(dtype), pairs(K, r, gap, seed=3)
+        T = reference.wy_factor(V.double())
+        exact = exact_rotation(x, x, V, T, False)[0][0] @ W.double().mT
+        y, P = cpu.rotated_linear(x, W, None, V, T)
+        assert error(y, exact) <= 1.01 * error(exact.to(dtype), exact), (M, K, N, r)
+        assert error(P, x.double() @ V.double()) <= floor(V.dtype, K)
+
+
+BACKWARD_SHAPES = [  # M, K, N, r
+    (0, 123, 40, 7), (1, 1, 1, 1), (1, 768, 96, 8), (17, 123, 33, 2), (17, 96, 64, 16), (33, 256, 15, 7),
+    (33, 64, 37, 31), (33, 96, 96, 1), (130, 123, 64, 64), (130, 160, 200, 32), (200, 96, 544, 2), (33, 1027, 97, 8),
+]  # fmt: skip
+
+
+@functools.cache
+def backward_case(M, K, N, r, dtype, gap):
+    """dy, x, W, P, V, T; the float64 gradients, the size of their terms and those of the reference backend."""
+    dy, x = normal(M, N, dtype=dtype, seed=1), normal(M, K, dtype=dtype, seed=2)
+    W, V = (normal(N, K, seed=3) / K**0.5).to(dtype), pairs(K, r, gap, seed=4)
+    T = reference.wy_factor(V.double())
+    dz = dy.double() @ W.double()
+    (_, P, *exact), (*_, dV_size, _) = exact_rotation(dz, x, V, T, False)
+    # |Q^T P| for rows that do not cancel.
+    dT_size = float((dz @ V.double()).norm() * P.norm()) / max(M, 1) ** 0.5
+    inputs = dy, x, W, P.float(), V, T
+    return inputs, exact, [0.0, dV_size, dT_size], reference.rotated_linear_backward(*inputs, (True, True))
+
+
+@pytest.mark.parametrize("gap", (1, 1e-3))
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_gradients_of_rotated_linear_match_float64(level, dtype, gap):
+    for M, K, N, r in BACKWARD_SHAPES:
+        inputs, exact, scales, plain = backward_case(M, K, N, r, dtype, gap)
+        floors = [floor(dtype, r), *[floor(torch.float32, M + K + N)] * 2]
+        gradients = cpu.rotated_linear_backward(*inputs, (True, True))
+        assert [g.dtype for g in gradients] == [dtype, torch.float32, torch.float64]
+        no_worse_than_torch(gradients, plain, exact, floors, scales)
+
+
+@pytest.mark.parametrize("mask", [(True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("shape", [(130, 160, 200, 32), (33, 1027, 97, 8)])
+def test_unwanted_gradients_of_rotated_linear_come_back_empty(level, shape, mask):
+    for dtype in HALF:
+        inputs = backward_case(*shape, dtype, 1)[0]
+        both = cpu.rotated_linear_backward(*inputs, (True, True))
+        some = cpu.rotated_linear_backward(*inputs, mask)
+        for tensor, full, wanted in zip(some, both, (mask[0], mask[1], mask[1]), strict=True):
+            assert torch.equal(tensor, full) if wanted else tensor.shape == (0,)
+
+
+def exact_product(M, K, N, r, dtype):
+    """Inputs of rotated_linear_backward whose dy W is a small integer: the library rounds nothing, in any order."""
+    dy, W = (normal(*shape, seed=seed).sign().to(dtype) for shape, seed in (((M, N), 1), ((N, K), 2)))
+    x, V = normal(M, K, dtype=dtype, seed=3), normal(K, r, seed=4)
+    return dy, x, W, cpu.project(x, V), V, cpu.wy_factor(V)
+
+
+@pytest.mark.parametrize("K, N, r", [(123, 77, 7), (96, 64, 8), (64, 37, 16)])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_strides_do_not_change_a_bit_of_the_gradients_of_rotated_linear(level, dtype, K, N, r):
+    dy, x, W, P, V, T = exact_product(33, K, N, r, dtype)
+    plain = cpu.rotated_linear_backward(dy, x, W, P, V, T, (True, True))
+    W_forms = [form[:N] for _, form in strided_forms(torch.cat((W, W[: -N % 3])))][:4]
+    # torch's own bfloat16 product reads one element beyond a strided row of odd length, times zero: 7 and not NaN.
+    for i, ((_, dy_form), (_, x_form)) in enumerate(zip(strided_forms(dy, 7), strided_forms(x), strict=True)):
+        forms = cpu.rotated_linear_backward(dy_form, x_form, W_forms[i % 4], P, V, T, (True, True))
+        assert forms[0].shape == x_form.shape
+        assert all(torch.equal(f.reshape(g.shape), g) for f, g in zip(forms, plain, strict=True))
+    one_row = cpu.rotated_linear_backward(dy[:1].expand(33, N), x, W, P, V, T, (True, True))
+    copied = cpu.rotated_linear_backward(dy[:1].repeat(33, 1), x, W, P, V, T, (True, True))
+    assert all(torch.equal(f, g) for f, g in zip(one_row, copied, strict=True))
+
+
+@pytest.mark.parametrize("K, N, r", [(768, 192, 8), (123, 150, 31), (96, 101, 16)])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_any_number_of_threads_gives_the_same_gradients_of_rotated_linear(level, dtype, K, N, r, threads):
+    inputs = exact_product(517, K, N, r, dtype)
+    threads(1)
+    first = cpu.rotated_linear_backward(*inputs, (True, True))
+    for count in (1, 2, 3):
+        threads(count)
+        seen = cpu.rotated_linear_backward(*inputs, (True, True))
+        assert all(torch.equal(a, b) for a, b in zip(seen, first, strict=True)), count
 
 
 @pytest.mark.parametrize("M", (4, 256))
