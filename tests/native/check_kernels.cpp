@@ -1,6 +1,7 @@
 // Self-check of the CPU kernels without Python, made to be built with -fsanitize=address,undefined: exact-size heap
 // buffers, so that a read or write one element too far is caught; every instruction set that this processor has.
-// rotate and rotate_backward against plain loops in fp64: z = x - P C V^T, dx = dz - Q C^T V^T, C = T^T.
+// Against plain loops in fp64: rotate z = x - P C V^T, rotate_backward dx = dz - Q C^T V^T, C = T^T; pack_linear
+// xs ws^T = z W^T; linear_backward dV = -dz^T S - x^T R for dz = dy W, S = P C, R = dz V C^T.
 
 #include <cmath>
 #include <cstdio>
@@ -62,45 +63,105 @@ static std::vector<char> random(Dtype dtype, int64_t n) {
   return m;
 }
 
-// rows - (rows V) C V^T, C = T^T or T.
-static std::vector<double> rotated(const std::vector<char>& rows, Dtype dtype, const std::vector<char>& V,
-                                   Dtype V_dtype, const std::vector<double>& T, bool transposed, int64_t M, int64_t K,
-                                   int r) {
-  std::vector<double> out(M * K), P(r), S(r);
-  for (int64_t i = 0; i < M; i++) {
-    for (int j = 0; j < r; j++) {
-      P[j] = 0;
-      for (int64_t k = 0; k < K; k++) P[j] += get(rows, dtype, i * K + k) * get(V, V_dtype, k * r + j);
-    }
-    for (int j = 0; j < r; j++) {
-      S[j] = 0;
-      for (int l = 0; l < r; l++) S[j] += P[l] * (transposed ? T[j * r + l] : T[l * r + j]);
-    }
-    for (int64_t k = 0; k < K; k++) {
-      out[i * K + k] = get(rows, dtype, i * K + k);
-      for (int j = 0; j < r; j++) out[i * K + k] -= S[j] * get(V, V_dtype, k * r + j);
-    }
-  }
+using Matrix = std::vector<double>;
+
+static Matrix widened(const std::vector<char>& m, Dtype dtype) {
+  Matrix out(m.size() / dtype_size(dtype));
+  for (size_t i = 0; i < out.size(); i++) out[i] = get(m, dtype, int64_t(i));
   return out;
 }
 
-static void expect(const std::vector<char>& actual, Dtype dtype, const std::vector<double>& exact, const char* what,
-                   const char* level, int64_t M, int64_t K, int r) {
-  const double limits[] = {1e-12, 2e-6, 0x1p-7, 0x1p-10};
+// A B for row-major A [M][K], B [K][N]; a transposed operand is stored as [K][M] or [N][K].
+static Matrix product(const Matrix& A, const Matrix& B, int64_t M, int64_t K, int64_t N, bool transpose_A = false,
+                      bool transpose_B = false) {
+  Matrix out(M * N);
+  for (int64_t i = 0; i < M; i++)
+    for (int64_t k = 0; k < K; k++) {
+      double a = transpose_A ? A[k * M + i] : A[i * K + k];
+      for (int64_t j = 0; j < N; j++) out[i * N + j] += a * (transpose_B ? B[j * K + k] : B[k * N + j]);
+    }
+  return out;
+}
+
+static Matrix minus(Matrix a, const Matrix& b) {
+  for (size_t i = 0; i < a.size(); i++) a[i] -= b[i];
+  return a;
+}
+
+// S = (rows V) C with C = T^T or T.
+static Matrix coefficients(const Matrix& rows, const Matrix& V, const Matrix& T, bool transposed, int64_t M, int64_t K,
+                           int r) {
+  return product(product(rows, V, M, K, r), T, M, r, r, false, transposed);
+}
+
+static Matrix rotated(const Matrix& rows, const Matrix& V, const Matrix& T, bool transposed, int64_t M, int64_t K,
+                      int r) {
+  return minus(rows, product(coefficients(rows, V, T, transposed, M, K, r), V, M, r, K, false, true));
+}
+
+static void expect(const Matrix& actual, const Matrix& exact, double limit, const char* what, const char* level,
+                   Dtype dtype, int64_t M, int64_t K, int r) {
   double error = 0, norm = 1e-300;
   for (size_t i = 0; i < exact.size(); i++) {
-    double d = get(actual, dtype, int64_t(i)) - exact[i];
+    double d = actual[i] - exact[i];
     error += d * d;
     norm += exact[i] * exact[i];
   }
   // Negated, so that NaN fails.
-  if (std::sqrt(error / norm) < limits[dtype]) return;
+  if (std::sqrt(error / norm) < limit) return;
   printf("%s at %s, dtype %d, M %ld K %ld r %d: error %g\n", what, level, dtype, long(M), long(K), r,
          std::sqrt(error / norm));
   failures++;
 }
 
-static void check(Level level, Dtype dtype, int64_t M, int64_t K, int r) {
+static const double kRounding[] = {1e-12, 2e-6, 0x1p-7, 0x1p-10};
+
+// The exact precision, with one weight for the forward and the backward.
+static void check_linear(Level level, const std::vector<char>& x, Dtype dtype, const Reflectors& V, const Matrix& T,
+                         const Matrix& exact_z, int64_t M, int64_t N) {
+  const Kernels& kernels = kernels_of(level);
+  const char* name = kLevelNames[level];
+  int r = V.r;
+  int64_t K = V.K, width = K + (3 * r + 31) / 32 * 32;
+  auto W = random(dtype, N * K), bias = random(dtype, N), dy = random(dtype, M * N);
+  std::vector<char> xs(M * width * 2), ws(N * width * 2), y(M * N * 2), P(M * r * 4), dx(M * K * 2), dV(K * r * 4);
+  const char* V_bytes = static_cast<const char*>(V.data);
+  Matrix wide_x = widened(x, dtype), wide_W = widened(W, dtype);
+  Matrix wide_V = widened({V_bytes, V_bytes + K * r * 4}, kFloat32), dT(r * r);
+  Rows x_rows = {const_cast<char*>(x.data()), dtype, K}, W_rows = {W.data(), dtype, K}, dy_rows = {dy.data(), dtype, N};
+  kernels.linear_few_rows(x_rows, M, W_rows, N, bias.data(), V, T.data(), {y.data(), dtype, N}, P.data(), 2);
+  kernels.pack_linear(x_rows, M, W_rows, N, V, T.data(), {xs.data(), dtype, width}, {ws.data(), dtype, width},
+                      P.data(), 2);
+  Matrix exact_y = product(exact_z, wide_W, M, K, N, false, true);
+  expect(product(widened(xs, dtype), widened(ws, dtype), M, width, N, false, true), exact_y,
+         dtype == kBFloat16 ? 0x1p-14 : 0x1p-18, "pack_linear", name, dtype, M, K, r);
+  for (int64_t i = 0; i < M; i++)
+    for (int64_t j = 0; j < N; j++) exact_y[i * N + j] += get(bias, dtype, j);
+  expect(widened(y, dtype), exact_y, kRounding[dtype], "linear_few_rows", name, dtype, M, K, r);
+
+  // dx is computed in place from dz, as the library leaves it.
+  Matrix exact_dz = product(widened(dy, dtype), wide_W, M, N, K);
+  for (int64_t i = 0; i < M * K; i++) put(dx, dtype, i, exact_dz[i]);
+  Matrix exact_dx = rotated(exact_dz, wide_V, T, false, M, K, r), R = coefficients(exact_dz, wide_V, T, false, M, K, r);
+  Matrix S = coefficients(wide_x, wide_V, T, true, M, K, r), exact_dV = product(exact_dz, S, K, M, r, true);
+  exact_dV = minus(minus(Matrix(K * r), exact_dV), product(wide_x, R, K, M, r, true));
+  Matrix Q = product(exact_dz, wide_V, M, K, r), exact_P = product(wide_x, wide_V, M, K, r);
+  Matrix exact_dT = minus(Matrix(r * r), product(Q, exact_P, r, M, r, true));
+  const bool masks[][2] = {{true, true}, {true, false}, {false, true}};
+  for (const auto& mask : masks) {
+    auto dx_copy = dx;
+    void* dx_or_null = mask[0] ? dx_copy.data() : nullptr;
+    kernels.linear_backward(dy_rows, x_rows, {dx_or_null, dtype, K}, M, W_rows, N, P.data(), V, T.data(), dx_or_null,
+                            mask[1] ? dV.data() : nullptr, mask[1] ? dT.data() : nullptr, 2);
+    if (mask[0])
+      expect(widened(dx_copy, dtype), exact_dx, kRounding[dtype], "linear_backward dx", name, dtype, M, K, r);
+    if (!mask[1]) continue;
+    expect(widened(dV, kFloat32), exact_dV, kRounding[kFloat32], "linear_backward dV", name, dtype, M, K, r);
+    expect(dT, exact_dT, kRounding[kFloat32], "linear_backward dT", name, dtype, M, K, r);
+  }
+}
+
+static void check(Level level, Dtype dtype, int64_t M, int64_t K, int r, int64_t N) {
   const Kernels& kernels = kernels_of(level);
   Dtype V_dtype = dtype == kFloat64 ? kFloat64 : kFloat32;
   auto x = random(dtype, M * K), dz = random(dtype, M * K), V = random(V_dtype, K * r);
@@ -112,29 +173,27 @@ static void check(Level level, Dtype dtype, int64_t M, int64_t K, int r) {
   kernels.rotate(x_rows, M, reflectors, T.data(), false, {z.data(), dtype, K}, P.data(), 2);
   kernels.rotate_backward(dz_rows, x_rows, M, P.data(), reflectors, T.data(), false, dx.data(), dV.data(), dT.data(),
                           2);
-  expect(z, dtype, rotated(x, dtype, V, V_dtype, T, true, M, K, r), "rotate", kLevelNames[level], M, K, r);
-  expect(dx, dtype, rotated(dz, dtype, V, V_dtype, T, false, M, K, r), "rotate_backward", kLevelNames[level], M, K, r);
+  const char* name = kLevelNames[level];
+  Matrix wide_V = widened(V, V_dtype), wide_x = widened(x, dtype);
+  Matrix exact_z = rotated(wide_x, wide_V, T, true, M, K, r);
+  expect(widened(z, dtype), exact_z, kRounding[dtype], "rotate", name, dtype, M, K, r);
+  expect(widened(dx, dtype), rotated(widened(dz, dtype), wide_V, T, false, M, K, r), kRounding[dtype],
+         "rotate_backward", name, dtype, M, K, r);
   // For the sanitizers: their values are tested from Python.
   kernels.wy_factor_backward(dT.data(), reflectors, T.data(), dV.data(), 2);
   kernels.project(x_rows, M, reflectors, dP.data(), 2);
   kernels.project_backward(dP.data(), x_rows, M, reflectors, dx.data(), dV.data(), 2);
   kernels.penalty_backward(kernels.penalty(reflectors, true, 2), reflectors, false, dV.data(), 2);
   if (dtype != kBFloat16 && dtype != kFloat16) return;
-  int64_t N = 37, width = K + (3 * r + 31) / 32 * 32;
-  auto W = random(dtype, N * K), bias = random(dtype, N);
-  std::vector<char> xs(M * width * 2), ws(N * width * 2), y(M * N * 2);
-  Rows W_rows = {W.data(), dtype, K};
-  kernels.pack_linear(x_rows, M, W_rows, N, reflectors, T.data(), {xs.data(), dtype, width}, {ws.data(), dtype, width},
-                      P.data(), 2);
-  kernels.linear_few_rows(x_rows, M, W_rows, N, bias.data(), reflectors, T.data(), {y.data(), dtype, N}, P.data(), 2);
+  check_linear(level, x, dtype, reflectors, T, exact_z, M, N);
 }
 
 int main() {
-  const int64_t shapes[][3] = {{0, 33, 2},   {1, 1, 1},    {3, 123, 7},   {17, 64, 8},
-                               {33, 96, 31}, {70, 160, 9}, {33, 129, 128}};
+  const int64_t shapes[][4] = {{0, 33, 2, 5},    {1, 1, 1, 1},    {3, 123, 7, 37},     {17, 64, 8, 32},
+                               {33, 96, 31, 37}, {70, 160, 9, 64}, {33, 129, 128, 17}, {33, 64, 32, 96}};
   for (int level = kPortable; level <= best_level(); level++)
     for (int dtype = kFloat64; dtype <= kFloat16; dtype++)
-      for (const auto& s : shapes) check(Level(level), Dtype(dtype), s[0], s[1], int(s[2]));
+      for (const auto& s : shapes) check(Level(level), Dtype(dtype), s[0], s[1], int(s[2]), s[3]);
   printf("%d levels, %d failures\n", best_level() + 1, failures);
   return failures != 0;
 }
