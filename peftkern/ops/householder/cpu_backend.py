@@ -15,8 +15,8 @@ _library, _level, _reason = _native.cpu()
 
 _CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _HALF = (torch.bfloat16, torch.float16)
-# Up to here a product that reads W once, with float32 rows, beats copying W for the library's.
-_FEW_ROWS = 8
+# Up to here a product of float32 rows with W in place beats copying W for the library's; less without vectors.
+_FEW_ROWS = 12 if _level else 4
 
 # Scratch for [W | -W V'] that a thread keeps: fresh pages for every call would cost more than filling them.
 _KEPT_BYTES = 64 * 2**20

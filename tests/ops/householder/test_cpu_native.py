@@ -240,8 +240,8 @@ def test_penalty_of_orthogonal_and_zero_columns_is_zero_with_zero_gradient(level
 @pytest.mark.parametrize("bias", (True, False))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rotated_linear_rounds_once(level, dtype, bias):
-    shapes = (0, 123, 5, 3), (1, 768, 33, 8), (5, 123, 7, 1), (8, 2051, 20, 7), (33, 123, 40, 31), (70, 768, 96, 8)
-    for M, K, N, r in shapes:
+    shapes = (0, 123, 5, 3), (1, 768, 33, 8), (5, 123, 7, 1), (12, 2051, 20, 7), (13, 64, 9, 2), (33, 123, 40, 31)
+    for M, K, N, r in (*shapes, (70, 768, 96, 8)):
         x, W = normal(M, K, dtype=dtype), normal(N, K, dtype=dtype, seed=1)
         b = normal(N, dtype=dtype, seed=2) if bias else None
         V = normal(K, r, dtype=working(dtype), seed=3)
