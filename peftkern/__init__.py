@@ -7,12 +7,12 @@ no device. `python -m peftkern` prints what is built and which backend would ser
 
 import importlib
 
+from peftkern._versions import __version__
 from peftkern.dispatch import explain, operations, use_backend
 from peftkern.ops.householder import hra_linear, low_rank_form, orthogonality_penalty, rotate
 
-__version__ = "0.1.0"
-
 __all__ = [
+    "__version__",
     "accelerate",
     "explain",
     "hra_linear",
