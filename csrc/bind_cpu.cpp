@@ -95,15 +95,14 @@ static void bind_exact(py::module_& m) {
 }
 
 static void bind_exact_backward(py::module_& m) {
-  m.def("linear_backward",
-        [](int level, int threads, Pointer dy, int64_t dy_stride, Pointer x, int dtype, int64_t M, int64_t x_stride,
-           Pointer dz, Pointer W, int64_t N, int64_t W_stride, Pointer P, V_ARGS, Pointer T, Pointer dx, Pointer dV,
-           Pointer dT) {
-          py::gil_scoped_release unlocked;
-          kernels(level).linear_backward(rows(dy, dtype, dy_stride), rows(x, dtype, x_stride), rows(dz, dtype, K), M,
-                                         rows(W, dtype, W_stride), N, raw(P), V_VALUE, doubles(T), raw(dx), raw(dV),
-                                         static_cast<double*>(raw(dT)), threads);
-        });
+  m.def("linear_backward", [](int level, int threads, Pointer dy, int64_t dy_stride, Pointer x, int dtype, int64_t M,
+                              int64_t x_stride, Pointer dz, Pointer W, int64_t N, int64_t W_stride, Pointer P, V_ARGS,
+                              Pointer T, Pointer dx, Pointer dV, Pointer dT) {
+    py::gil_scoped_release unlocked;
+    kernels(level).linear_backward(rows(dy, dtype, dy_stride), rows(x, dtype, x_stride), rows(dz, dtype, K), M,
+                                   rows(W, dtype, W_stride), N, raw(P), V_VALUE, doubles(T), raw(dx), raw(dV),
+                                   static_cast<double*>(raw(dT)), threads);
+  });
 }
 
 PYBIND11_MODULE(_native_cpu, m) {

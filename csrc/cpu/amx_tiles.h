@@ -260,7 +260,8 @@ struct OuterOperand {
   const uint16_t* S;
 };
 
-// D -= sum of S^T X over one or two operands; D is [K/32][2][columns][height][16] fp32, tiles 0 to 5 have `height` rows.
+// D -= sum of S^T X over one or two operands; D is [K/32][2][columns][height][16] fp32, tiles 0 to 5 have `height`
+// rows.
 inline void tile_outer(const OuterOperand* operands, int count, int columns, int height, int64_t panels,
                        uint16_t* pairs, float* D) {
   static_assert(kTerms == 3, "tile_outer_terms names its tiles");

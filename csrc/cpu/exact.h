@@ -15,14 +15,15 @@ inline void read_half_row(float* dst, Dtype dtype, const char* src, int cols) {
   if (dtype == kFloat16) widen(dst, reinterpret_cast<const fp16*>(src), cols);
 }
 
-// Rows [row0, row0 + rows) of [in | high low high | 0] (left operand) or [in | high high low | 0] (right operand), where
-// high + low is tail [rows][r]: rounded once, the tail would cost more than the one rounding of y.
+// Rows [row0, row0 + rows) of [in | high low high | 0] (left operand) or [in | high high low | 0] (right operand),
+// where high + low is tail [rows][r]: rounded once, the tail would cost more than the one rounding of y.
 inline void write_augmented(const Rows& in, const float* tail, int64_t row0, int rows, int64_t K, int r, bool left,
                             const Rows& out) {
   size_t size = dtype_size(in.dtype);
   float low[kMaxRank];
   for (int i = 0; i < rows; i++, tail += r) {
-    char *dst = address(out, row0 + i, 0), *high = dst + K * size, *second = high + r * size, *third = second + r * size;
+    char *dst = address(out, row0 + i, 0), *high = dst + K * size, *second = high + r * size,
+         *third = second + r * size;
     memcpy(dst, address(in, row0 + i, 0), K * size);
     write_row(high, in.dtype, tail, r);
     read_half_row(low, in.dtype, high, r);
@@ -73,7 +74,8 @@ inline void pack_linear(const Rows& x, int64_t M, const Rows& W, int64_t N, cons
 
 // y [MR rows][NR columns] = z W^T + bias for fp32 z and NR neighbouring rows of W, each read once.
 template <class E, int MR, int NR>
-inline void few_rows_kernel(const float* z, const Rows& W, const E* bias, int64_t K, int64_t n, const Rows& y, int64_t row) {
+inline void few_rows_kernel(const float* z, const Rows& W, const E* bias, int64_t K, int64_t n, const Rows& y,
+                            int64_t row) {
   // With a single row the sums are split in two, or the additions would wait for each other.
   constexpr int KR = MR == 1 ? 2 : 1;
   const E* w = reinterpret_cast<const E*>(address(W, n, 0));
@@ -106,7 +108,8 @@ void few_rows_columns(const float* z, int64_t M, const Rows& W, const E* bias, i
 }
 
 template <class E>
-void few_rows(const float* z, int64_t M, const Rows& W, int64_t N, const E* bias, int64_t K, const Rows& y, int threads) {
+void few_rows(const float* z, int64_t M, const Rows& W, int64_t N, const E* bias, int64_t K, const Rows& y,
+              int threads) {
   constexpr int NR = 4;
   int64_t groups = ceil_div(N, NR);
   threads = useful_threads(threads, groups, M * N * K);

@@ -48,8 +48,8 @@ struct VectorProducts {
 // dz [M,K] = dy W comes from the library, rounded; null dx or dV: not wanted.
 template <class Products>
 void linear_backward(const Rows& dy, const Rows& x, const Rows& dz, int64_t M, const Rows& W, int64_t N,
-                            const void* P_in, const Reflectors& V, const double* T, void* dx, void* dV_out, double* dT,
-                            int threads) {
+                     const void* P_in, const Reflectors& V, const double* T, void* dx, void* dV_out, double* dT,
+                     int threads) {
   int r = V.r;
   int64_t K = V.K;
   const float* P = static_cast<const float*>(P_in);
