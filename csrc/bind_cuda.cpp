@@ -11,6 +11,7 @@
 namespace py = pybind11;
 namespace cuda = peftkern::cuda;
 
+// For launchers: the Python function raises RuntimeError with CUDA's words.
 static void check(int status, const char* what) {
   if (status != 0) {
     throw std::runtime_error(std::string(what) + ": " + cuda::error_string(status) + " (CUDA error " +
@@ -18,7 +19,12 @@ static void check(int status, const char* what) {
   }
 }
 
+#include "cuda/bind_gram_schmidt.inc"
+#include "cuda/bind_householder.inc"
+
 PYBIND11_MODULE(_native_cuda, m) {
+  bind_householder(m);
+  bind_gram_schmidt(m);
   m.def("runtime_version", &cuda::runtime_version, "Version of the CUDA runtime linked in, e.g. 13000.");
   m.def("driver_version", &cuda::driver_version, "Newest CUDA that the driver serves; 0 without a driver.");
   m.def("archs", &cuda::archs, "Architectures compiled in, e.g. '800,900,1000'.");
