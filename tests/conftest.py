@@ -1,13 +1,14 @@
 """Fixtures shared by all tests: one seed, poisoned uninitialised memory, one body of tests for every backend."""
 
+import functools
 import os
 
+import devices
 import pytest
 import torch
 
-from peftkern import dispatch
-
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+DEVICE_BACKENDS = ("triton", "cuda")
 
 if os.environ.get("PYTEST_XDIST_WORKER"):
     torch.set_num_threads(1)
@@ -29,28 +30,85 @@ def poisoned_memory():
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
-def why_not(backend, name="rotate"):
-    """Why a backend serves no call of an operation on this machine, in dispatch's words; None if it does."""
-    with dispatch.use_backend(backend):
-        ((_, ok, reason),) = dispatch.operations()[name].explain_static("cpu" if backend == "reference" else backend)
-    return None if ok else reason
+missing = functools.cache(devices.missing)
+SERVED = pytest.StashKey[devices.Served]()
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
-    """Serves every operation by one backend for the length of a test; skipped where it is not built."""
-    reason = why_not(request.param)
-    if reason:
-        pytest.skip(f"backend {request.param}: {reason}")
-    with dispatch.use_backend(request.param):
-        yield request.param
+    """Serves every operation by one backend for the length of a test, wherever it runs (devices.py).
+
+    Skipped with the reason where it cannot run, and where it turns out to have served nothing of the test. A simulated
+    device runs each value of each parameter of a test, all their combinations under `-m ""`, and nothing marked `big`.
+    """
+    name = request.param
+    if reason := missing(name):
+        pytest.skip(f"backend {name}: {reason}")
+    with devices.running(name), devices.Served().recording() as served:
+        request.node.stash[SERVED] = served
+        yield name
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    result = yield
+    served = item.stash.get(SERVED, None)
+    name = served and item.callspec.params["backend"]
+    if name in DEVICE_BACKENDS and name not in {backend for _, backend in served.operations}:
+        reasons = "; ".join(f"{op}: {reason}" for op, reason in served.reasons.items())
+        pytest.skip(f"backend {name} served no operation of this test" + (f" ({reasons})" if reasons else ""))
+    return result
+
+
+def _simulated(item):
+    """The backend that a stand-in for a device would run this test on, or None."""
+    if "backend" not in getattr(item, "fixturenames", ()) or not hasattr(item, "callspec"):
+        return None
+    name = item.callspec.params.get("backend")
+    return name if name in DEVICE_BACKENDS and devices.simulated(name) else None
+
+
+def _each_value_once(items):
+    """Items of one test that together take every value of every parameter; those with most new values first."""
+    values = {item: {(name, repr(value)) for name, value in item.callspec.params.items()} for item in items}
+    wanted, chosen = set().union(*values.values()), []
+    while wanted or not chosen:
+        best = max(items, key=lambda item: len(values[item] & wanted))
+        chosen.append(best)
+        wanted -= values[best]
+    return chosen
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    tests, big = {}, []
+    for item in items:
+        name = _simulated(item)
+        if name and item.get_closest_marker("big"):
+            big.append(item)
+        elif name:
+            tests.setdefault((item.path, item.originalname, item.cls, name), []).append(item)
+    for cases in tests.values():
+        kept = _each_value_once(cases)
+        for item in cases:
+            if item not in kept:
+                item.add_marker(pytest.mark.slow)
+    if big:
+        config.hook.pytest_deselected(items=big)
+        config.stash[TOO_BIG] = len(big)
+        items[:] = [item for item in items if item not in big]
+
+
+TOO_BIG = pytest.StashKey[int]()
 
 
 def pytest_terminal_summary(terminalreporter):
     """Name what did not run here, and why: a green run without a backend must not read as a proof of it."""
-    missing = [(name, why_not(name)) for name in dispatch.BACKENDS]
-    lines = [f"backend {name} did not run: {reason}" for name, reason in missing if reason]
-    if not torch.cuda.is_available():
+    reasons = [(name, missing(name)) for name in BACKENDS]
+    lines = [f"backend {name} did not run: {reason}" for name, reason in reasons if reason]
+    if count := terminalreporter.config.stash.get(TOO_BIG, 0):
+        lines.append(f"{count} tests marked big need a device for the backends triton and cuda")
+    if not devices.ON_DEVICE:
         lines.append("level 5 (kernels on a device) did not run: torch sees no CUDA or ROCm device")
     terminalreporter.section("backends and levels")
     for line in lines or ["every backend ran"]:

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 
+import devices
 import oracle
 import pytest
 import torch
@@ -83,21 +84,27 @@ SAMPLES = {
     "orthonormaliser": [(V,), (V64,), (wide,)],
 }
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-CALLS = [(name, i) for name, samples in SAMPLES.items() for i in range(len(samples))]
+CALLS = [f"{name} {i}" for name, samples in SAMPLES.items() for i in range(len(samples))]
 
 
 def op(name):
     return getattr(torch.ops.peftkern, name)
 
 
+def sample(call):
+    """The name of an operation and the arguments of one of its calls, on the device that tests run on."""
+    name, i = call.split()
+    return name, devices.on_default_device(SAMPLES[name][int(i)])
+
+
 @pytest.fixture
-def served(backend, request):
-    """The backend, where it serves this operation; elsewhere the reference stands for it and is tested as such."""
-    name = request.getfixturevalue("name")
-    _, ok, reason = peftkern.operations()[name].explain(*SAMPLES[name][0])[0]
+def served(backend, call):
+    """The name and the arguments of a call that the backend serves; skipped where it does not."""
+    name, arguments = sample(call)
+    _, ok, reason = peftkern.operations()[name].explain(*arguments)[0]
     if not ok:
         pytest.skip(f"backend {backend}: {name}: {reason}")
-    return backend
+    return name, arguments
 
 
 def test_every_operation_has_a_sample():
@@ -132,9 +139,10 @@ def test_every_operation_has_a_schema_a_fake_a_reference_and_a_check(name):
                 assert list(inspect.signature(getattr(native, name)).parameters) == names
 
 
-@pytest.mark.parametrize("name, sample", CALLS)
-def test_opcheck(served, name, sample):
-    results = torch.library.opcheck(op(name).default, SAMPLES[name][sample])
+@pytest.mark.parametrize("call", CALLS)
+def test_opcheck(served):
+    name, arguments = served
+    results = torch.library.opcheck(op(name).default, arguments)
     assert set(results.values()) == {"SUCCESS"}
 
 
@@ -143,9 +151,9 @@ def described(result):
     return [(tuple(t.shape), t.stride(), t.dtype, t.device.type, t.storage_offset()) for t in tensors]
 
 
-@pytest.mark.parametrize("name, sample", CALLS)
-def test_the_fake_tells_shape_strides_and_dtype_of_the_real_result(served, name, sample):
-    arguments = SAMPLES[name][sample]
+@pytest.mark.parametrize("call", CALLS)
+def test_the_fake_tells_shape_strides_and_dtype_of_the_real_result(served):
+    name, arguments = served
     real = op(name)(*arguments)
     with FakeTensorMode() as mode:
         fake = op(name)(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments))
@@ -154,9 +162,9 @@ def test_the_fake_tells_shape_strides_and_dtype_of_the_real_result(served, name,
     assert [d[:3] for d in described(on_meta)] == [d[:3] for d in described(real)]
 
 
-@pytest.mark.parametrize("name, sample", CALLS)
-def test_outputs_share_no_memory_and_inputs_are_not_written(served, name, sample):
-    arguments = SAMPLES[name][sample]
+@pytest.mark.parametrize("call", CALLS)
+def test_outputs_share_no_memory_and_inputs_are_not_written(served):
+    name, arguments = served
     before = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
     results = op(name)(*arguments)
     results = results if isinstance(results, (tuple, list)) else (results,)
@@ -170,11 +178,12 @@ def test_outputs_share_no_memory_and_inputs_are_not_written(served, name, sample
     assert all(t.isfinite().all() for t in results)
 
 
-@pytest.mark.parametrize("backend", ("cpu",), indirect=True)
-@pytest.mark.parametrize("name, sample", CALLS)
-def test_a_native_backend_agrees_with_the_reference(served, name, sample):
-    results = op(name)(*SAMPLES[name][sample])
+@pytest.mark.parametrize("backend", ("cpu", "triton", "cuda"), indirect=True)
+@pytest.mark.parametrize("call", CALLS)
+def test_a_native_backend_agrees_with_the_reference(served):
+    name, arguments = served
+    results = op(name)(*arguments)
     with peftkern.use_backend("reference"):
-        wanted = op(name)(*SAMPLES[name][sample])
+        wanted = op(name)(*arguments)
     for ours, theirs in zip(*((r if isinstance(r, (tuple, list)) else (r,)) for r in (results, wanted)), strict=True):
         assert oracle.error(ours, theirs) <= TOLERANCE[ours.dtype]
