@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import re
+import shutil
+import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -40,33 +44,48 @@ class HostLibrary:
         nvcc, cxx = build.nvcc(), build.compiler()
         if nvcc is None or cxx is None:
             raise RuntimeError("host launchers need nvcc and a C++ compiler")
-        folders = {*self.include, *(s.parent for s in self.sources)}
-        headers = sorted(
-            h for d in folders for pattern in ("*.h", "*.cuh", "*/*.h", "*/*.cuh") for h in d.glob(pattern)
-        )
-        texts = [f.name + f.read_text() for f in (*self.sources, *headers, SHIM)]
         version = build.command(nvcc, "--version") + build.command(cxx, "--version")
-        key = build.digest(version, *self.flags, *texts)
-        return build.keep(build.cache_dir() / f"host-{key}", lambda made: self._compile(made, nvcc))
+        keys = {s: build.digest(version, *self.flags, *self._texts(s)) for s in (*self.sources, SHIM)}
+        root = build.cache_dir()
 
-    def _compile(self, made: Path, nvcc: str):
+        def compile_(source: Path) -> Path:
+            target = root / f"host-{source.stem}-{keys[source]}"
+            return build.keep(target, lambda made: self._compile(source, made, nvcc))
+
+        def link(made: Path):
+            made.mkdir()
+            with ThreadPoolExecutor(2) as pool:
+                units = list(pool.map(compile_, keys))
+            for ptx in (p for unit in units for p in unit.glob("*.ptx")):
+                shutil.copy(ptx, made / ptx.name)
+            objects = [unit / "unit.o" for unit in units]
+            build.command(nvcc, "-shared", "-cudart", "none", *objects, "-o", made / "library.so")
+
+        return build.keep(root / f"host-{build.digest(*keys.values())}", link)
+
+    def _texts(self, source: Path) -> list[str]:
+        """What an object depends on: the source and the files that it includes in quotation marks, and so on."""
+        texts, pending, seen = [], [source], set()
+        while pending:
+            file = pending.pop()
+            if file in seen:
+                continue
+            seen.add(file)
+            texts.append(file.name + "\n" + file.read_text())
+            for name in re.findall(r'^\s*#\s*include\s+"([^"]+)"', texts[-1], re.M):
+                found = (d / name for d in (file.parent, *self.include))
+                pending += [next((f.resolve() for f in found if f.is_file()), file)]
+        return texts
+
+    def _compile(self, source: Path, made: Path, nvcc: str):
+        """A folder with unit.o and, of a .cu file, its PTX."""
         made.mkdir()
-        include = [f"-I{i}" for i in self.include]
-        common = ["-arch=compute_80", "-code=compute_80", "-std=c++17", "-lineinfo", "-Xcompiler", "-fPIC"]
-        objects = []
-        for source in self.sources:
-            objects.append(made / f"{source.stem}.o")
-            keep = made / f"{source.stem}.steps"
-            keep.mkdir()
-            steps = ["--keep", "--keep-dir", keep]
-            build.command(nvcc, *common, *include, *self.flags, *steps, "-c", source, "-o", objects[-1])
-            for ptx in keep.glob("*.ptx"):
-                ptx.rename(made / f"{source.stem}.ptx")
-            for rest in keep.iterdir():
-                rest.unlink()
-            keep.rmdir()
-        build.command(nvcc, "-std=c++17", "-Xcompiler", "-fPIC", "-c", SHIM, "-o", made / "shim.o")
-        build.command(nvcc, "-shared", "-cudart", "none", *objects, made / "shim.o", "-o", made / "library.so")
+        options = ["-arch=compute_80", "-code=compute_80", "-std=c++17", "-lineinfo", "-Xcompiler", "-fPIC"]
+        options += [f"-I{i}" for i in self.include] + self.flags
+        with tempfile.TemporaryDirectory() as steps:
+            build.command(nvcc, *options, "--keep", "--keep-dir", steps, "-c", source, "-o", made / "unit.o")
+            for ptx in Path(steps).glob("*.ptx"):
+                shutil.copy(ptx, made / f"{source.stem}.ptx")
 
     @cached_property
     def kernels(self) -> dict[str, CudaLibrary]:
