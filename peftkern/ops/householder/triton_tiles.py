@@ -1,0 +1,89 @@
+"""Tile sizes of the Triton kernels: a closed table per architecture family and shape bucket, never tuned at run time,
+so that the order of every sum is a function of shapes and device alone. Reasons: README.md, "On GPUs: Triton".
+"""
+
+from typing import NamedTuple
+
+import torch
+
+HALF = (torch.bfloat16, torch.float16)
+_SMALL_SHARED = ("gfx942", "generic")
+# Programs that keep every multiprocessor busy; fewer row tiles than that are split along K.
+_PROGRAMS = {"sm80": 108, "sm86": 128, "sm90": 132, "sm100": 148, "gfx942": 304, "generic": 64}
+
+
+class Tile(NamedTuple):
+    rows: int
+    cols: int
+    depth: int
+    warps: int
+    stages: int
+
+
+def rank(r):
+    """r padded to the width of the term arrays."""
+    return max(16, 1 << (r - 1).bit_length())
+
+
+def _row_bucket(M, largest):
+    return next((rows for rows in (16, 32, 64) if M <= rows < largest), largest)
+
+
+def project(family, dtype, M, R):
+    """rows of x, -, K per step."""
+    if dtype is torch.float64:
+        return Tile(32, 0, 16, 4, 1 if family in _SMALL_SHARED else 2)
+    if dtype is torch.float32:
+        return Tile(_row_bucket(M, 64), 0, 32, 4, 2)
+    if family in _SMALL_SHARED:
+        return Tile(_row_bucket(M, 64), 0, 32, 4, 2)
+    if family == "sm86":
+        return Tile(_row_bucket(M, 64), 0, 32 if R > 64 else 64, 4, 2 if R > 32 else 3)
+    return Tile(_row_bucket(M, 128), 0, 32 if R > 64 else 64, 4, {16: 4, 32: 4, 64: 3}.get(R, 3))
+
+
+def splits(family, programs, length, least):
+    """Into how many ranges of at least `least` a sum of `length` is cut, so that the programs fill the device."""
+    return max(1, min(_PROGRAMS[family] // max(programs, 1), length // least))
+
+
+def update(family, dtype, R):
+    """rows per step, columns of K."""
+    if dtype is torch.float64:
+        return Tile(16, 32, 0, 4, 1)
+    if dtype is torch.float32:
+        return Tile(32, 64 if R < 128 else 32, 0, 4, 1)
+    return Tile(64, 64 if R < 128 else 32, 0, 4, 1 if family in _SMALL_SHARED else 2)
+
+
+def linear(family, M, R):
+    """rows of x, rows of W, K per step."""
+    small = _row_bucket(M, 128)
+    if small < 128:
+        return Tile(small, 64, 64, 4, 2 if family in _SMALL_SHARED else 3)
+    return {
+        "sm80": Tile(128, 128, 32, 4, 4),
+        "sm86": Tile(128, 128, 32, 8, 3),
+        "sm90": Tile(128, 256, 64, 8, 4),
+        "sm100": Tile(128, 256, 64, 8, 3),
+    }.get(family, Tile(128, 128, 32, 8, 2))
+
+
+def linear_backward(family, M, R):
+    """rows of dy, columns of W, N per step."""
+    small = _row_bucket(M, 64)
+    if small < 64:
+        return Tile(small, 64, 32, 4, 2)
+    return {
+        "sm80": Tile(128, 128, 32, 8, 4),
+        "sm86": Tile(64, 64, 32, 4, 3),
+        "sm90": Tile(128, 128, 64, 8, 4),
+        "sm100": Tile(128, 128, 64, 8, 4),
+    }.get(family, Tile(64, 64, 32, 4, 2))
+
+
+GROUP = 8
+CORE_ROWS = 64
+SPLIT_ROWS = {16: 128, 32: 64, 64: 32, 128: 16}
+GRAM_ROWS = 32
+REDUCE = 512
