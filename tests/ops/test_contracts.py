@@ -32,6 +32,21 @@ V64, T64 = factor(dtype=torch.float64)
 wide = small(6, 13).T[:, ::2]  # [13, 3], neither stride 1
 strided = rows(4, 5).transpose(0, 1)
 
+packed, shared = 0.1 * small(3, 6), 0.1 * small(1, 15)
+R, R_shared = torch.eye(4) + small(3, 4, 4), small(1, 6, 6)
+R64 = R.double()
+stages, one_stage = 0.3 * small(2, 4, 4, 4), small(1, 2, 7, 7)
+stages64 = stages.double()
+
+
+def wide_rows(*shape, K=12, dtype=torch.bfloat16):
+    return torch.randn(*shape, K).to(dtype)
+
+
+def bf16(*shape):
+    return small(*shape).bfloat16()
+
+
 # At least one call of every operation; the last ones of each have strided, empty or single-row arguments.
 SAMPLES = {
     "wy_factor": [(V,), (V64,), (wide,)],
@@ -82,6 +97,94 @@ SAMPLES = {
     "projector_factor": [(V,), (V64,), (wide,)],
     "projector_factor_backward": [(small(3, 3, dtype=torch.float64), V, T), (T.T, wide, T)],
     "orthonormaliser": [(V,), (V64,), (wide,)],
+    "skew_polynomial": [
+        (packed, [1.0, 2.0, 2.0, 2.0, 1.0]),
+        (shared.double(), [1.0]),
+        (0.1 * small(6, 3).T, [1.0, 2.0]),
+        (small(3, 0), [1.0, 2.0]),
+    ],
+    "skew_polynomial_backward": [
+        (small(3, 4, 4), packed, [1.0, 2.0, 2.0, 2.0, 1.0]),
+        (small(3, 4, 4).mT, 0.1 * small(6, 3).T, [1.0, 2.0, 2.0, 1.0]),
+        (small(1, 6, 6, dtype=torch.float64), shared.double(), [1.0]),
+    ],
+    "skew_cayley": [(packed,), (shared.double(),), (small(6, 3).T,), (small(2, 0),)],
+    "skew_cayley_backward": [(small(3, 4, 4), R), (small(3, 4, 4, dtype=torch.float64), R64), (R.mT, R.mT)],
+    "block_rotate": [
+        (wide_rows(4, 5), R, False),
+        (wide_rows(4, 5, dtype=torch.float64), R64, True),
+        (wide_rows(4, 5).transpose(0, 1), R_shared.mT, False),
+        (wide_rows(0), R, False),
+        (wide_rows(), R, True),
+    ],
+    "block_rotate_backward": [
+        (wide_rows(4, 5), wide_rows(4, 5), R, False, [True, True]),
+        (wide_rows(4, 5), wide_rows(4, 5), R_shared, True, [True, True]),
+        (wide_rows(4, 5), wide_rows(4, 5), R, True, [False, True]),
+        (wide_rows(1)[0].expand(5, 4, 12), wide_rows(4, 5).transpose(0, 1), R.mT, False, [True, True]),
+        (wide_rows(4, dtype=torch.float64), wide_rows(4, dtype=torch.float64), R64, False, [True, False]),
+        (wide_rows(0), wide_rows(0), R_shared, False, [True, True]),
+    ],
+    "block_rotated_linear": [
+        (wide_rows(4, 5), bf16(7, 12), bf16(7), R),
+        (wide_rows(4, 5, dtype=torch.float32), bf16(7, 12), None, R_shared),
+        (wide_rows(4, dtype=torch.float32), small(7, 12), small(7), R),
+        (wide_rows(40, dtype=torch.float16), small(12, 7).half().T, None, R.mT),
+        (wide_rows(0), bf16(7, 12), bf16(7), R),
+        (wide_rows(), bf16(7, 12), bf16(14)[::2], R),
+    ],
+    "block_rotated_linear_backward": [
+        (bf16(4, 5, 7), wide_rows(4, 5), bf16(7, 12), R, [True, True]),
+        (bf16(4, 7), wide_rows(4, dtype=torch.float32), bf16(7, 12), R_shared, [True, True]),
+        (small(4, 7), wide_rows(4, dtype=torch.float32), small(12, 7).T, R, [False, True]),
+        (bf16(7).expand(5, 4, 7), wide_rows(4, 5).transpose(0, 1), bf16(7, 12), R.mT, [True, False]),
+        (bf16(0, 7), wide_rows(0), bf16(7, 12), R, [True, True]),
+    ],
+    "dense_cayley": [(stages,), (stages64,), (one_stage.mT,)],
+    "dense_cayley_backward": [(small(2, 4, 4, 4), stages), (stages64, stages64), (one_stage.mT, one_stage)],
+    "butterfly_rotate": [
+        (wide_rows(4, 5, K=16), stages, False),
+        (wide_rows(4, 5, K=16, dtype=torch.float64), stages64, True),
+        (wide_rows(4, 5, K=14).transpose(0, 1), one_stage.mT, True),
+        (wide_rows(0, K=16), stages, False),
+        (wide_rows(K=16), stages.mT, False),
+    ],
+    "butterfly_rotate_backward": [
+        (wide_rows(4, 5, K=16), wide_rows(4, 5, K=16), stages, False, [True, True]),
+        (wide_rows(4, 5, K=16), wide_rows(4, 5, K=16), stages, True, [False, True]),
+        (bf16(1, 16)[0].expand(5, 4, 16), bf16(4, 5, 16).transpose(0, 1), stages.mT, False, [True, True]),
+        (small(4, 14), small(4, 14), one_stage, True, [True, False]),
+        (wide_rows(0, K=16), wide_rows(0, K=16), stages, False, [True, True]),
+    ],
+    "scale_outputs": [
+        (bf16(4, 5, 7), small(7), bf16(7)),
+        (small(4, 7, dtype=torch.float64), small(7, dtype=torch.float64), None),
+        (bf16(7, 4).T, small(14)[::2], bf16(14)[::2]),
+        (bf16(0, 7), small(7), None),
+        (bf16(7), small(7), bf16(7)),
+    ],
+    "scale_outputs_backward": [
+        (bf16(4, 5, 7), bf16(4, 5, 7), small(7), bf16(7), [True, True]),
+        (bf16(1, 7)[0].expand(4, 7), bf16(7, 4).T, small(14)[::2], None, [True, True]),
+        (small(4, 7), small(4, 7), small(7), small(7), [False, True]),
+        (small(4, 7), small(4, 7), small(7), None, [True, False]),
+        (bf16(0, 7), bf16(0, 7), small(7), None, [True, True]),
+    ],
+    "butterfly_rotated_linear": [
+        (wide_rows(4, 5, K=16), bf16(7, 16), bf16(7), small(7), stages),
+        (wide_rows(4, 5, K=16), bf16(7, 16), bf16(7), None, stages),
+        (wide_rows(4, K=14, dtype=torch.float32), bf16(14, 7).T, None, small(14)[::2], one_stage.mT),
+        (small(4, 16, dtype=torch.float64), small(7, 16, dtype=torch.float64), None, small(7).double(), stages64),
+        (wide_rows(0, K=16), bf16(7, 16), None, small(7), stages),
+        (wide_rows(K=16, dtype=torch.float16), small(7, 16).half(), None, small(7), stages),
+    ],
+    "butterfly_rotated_linear_backward": [
+        (bf16(4, 5, 7), bf16(4, 5, 16), bf16(7, 16), small(7), bf16(4, 5, 7), stages, [True, True, True]),
+        (bf16(4, 5, 7), bf16(4, 5, 16), bf16(7, 16), None, bf16(0), stages, [True, True, True]),
+        (bf16(4, 7), small(4, 16), bf16(16, 7).T, small(7), bf16(4, 7), stages.mT, [False, True, True]),
+        (small(4, 7), small(4, 16), small(7, 16), small(7), small(0), stages, [True, False, False]),
+        (bf16(0, 7), bf16(0, 16), bf16(7, 16), small(7), bf16(0, 7), stages, [True, True, True]),
+    ],
 }
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 CALLS = [f"{name} {i}" for name, samples in SAMPLES.items() for i in range(len(samples))]

@@ -1,0 +1,89 @@
+"""Differentiable forms of the `block_rotation` operations.
+
+Forward and backward are operations of `torch.ops.peftkern`. When a backward is itself differentiated (create_graph)
+it is taken from the reference formulas, which torch can differentiate again; nothing is dropped.
+"""
+
+import torch
+
+from peftkern.ops import _transforms
+from peftkern.ops.block_rotation import reference
+
+_ops = torch.ops.peftkern
+
+
+class SkewPolynomial(torch.autograd.Function):
+    """q [S, b (b - 1) / 2] -> R = sum_k c_k Q^k; saves q alone."""
+
+    @staticmethod
+    def forward(ctx, q, coefficients):
+        ctx.save_for_backward(q)
+        ctx.coefficients = coefficients
+        return _ops.skew_polynomial(q, coefficients)
+
+    @staticmethod
+    def backward(ctx, dR):
+        (q,) = ctx.saved_tensors
+        backward = reference if _transforms.differentiating_twice() else _ops
+        return backward.skew_polynomial_backward(dR, q, ctx.coefficients), None
+
+
+class SkewCayley(torch.autograd.Function):
+    """q [S, b (b - 1) / 2] -> R = (I - Q)(I + Q)^-1; saves R, which the rotation saves too."""
+
+    @staticmethod
+    def forward(ctx, q):
+        R = _ops.skew_cayley(q)
+        ctx.save_for_backward(q, R)
+        return R
+
+    @staticmethod
+    def backward(ctx, dR):
+        q, R = ctx.saved_tensors
+        if _transforms.differentiating_twice():
+            return reference.skew_cayley_backward(dR, reference.skew_cayley(q))
+        return _ops.skew_cayley_backward(dR, R)
+
+
+class BlockRotate(torch.autograd.Function):
+    """z_i = x_i R_i (x_i R_i^T when transposed); saves x and R."""
+
+    @staticmethod
+    def forward(ctx, x, R, transpose):
+        ctx.save_for_backward(x, R)
+        ctx.transpose = transpose
+        return _ops.block_rotate(x, R, transpose)
+
+    @staticmethod
+    def backward(ctx, dz):
+        x, R = ctx.saved_tensors
+        mask = ctx.needs_input_grad[:2]
+        backward = reference if _transforms.differentiating_twice() else _ops
+        dx, dR = backward.block_rotate_backward(dz, x, R, ctx.transpose, mask)
+        return dx if mask[0] else None, dR if mask[1] else None, None
+
+
+class BlockRotatedLinear(torch.autograd.Function):
+    """y = (x R) W^T + b in one accumulator; saves x, W and R."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, R):
+        ctx.save_for_backward(x, weight, R)
+        return _ops.block_rotated_linear(x, weight, bias, R)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, R = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_R = ctx.needs_input_grad
+        ops = reference if _transforms.differentiating_twice() else _ops
+        dx = dR = dweight = dbias = None
+        if need_x or need_R:
+            dx, dR = ops.block_rotated_linear_backward(dy, x, weight, R, (need_x, need_R))
+            dx, dR = dx if need_x else None, dR if need_R else None
+        if need_weight:
+            z = ops.block_rotate(x, R, False).to(weight.dtype)
+            with _transforms.no_autocast(dy.device.type):
+                dweight = dy.reshape(-1, dy.shape[-1]).mT @ z.reshape(-1, z.shape[-1])
+        if need_bias:
+            dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
+        return dx, dweight, dbias, dR

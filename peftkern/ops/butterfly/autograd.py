@@ -1,0 +1,105 @@
+"""Differentiable forms of the `butterfly` operations.
+
+Forward and backward are operations of `torch.ops.peftkern`. When a backward is itself differentiated (create_graph)
+it is taken from the reference formulas, which torch can differentiate again; nothing is dropped.
+"""
+
+import torch
+
+from peftkern.ops import _transforms
+from peftkern.ops.butterfly import reference
+
+_ops = torch.ops.peftkern
+
+
+def _backward_ops():
+    return reference if _transforms.differentiating_twice() else _ops
+
+
+class DenseCayley(torch.autograd.Function):
+    """B [f, K/b, b, b] -> R, orthogonal blocks; saves R, which the rotation saves too."""
+
+    @staticmethod
+    def forward(ctx, B):
+        R = _ops.dense_cayley(B)
+        ctx.save_for_backward(B, R)
+        return R
+
+    @staticmethod
+    def backward(ctx, dR):
+        B, R = ctx.saved_tensors
+        if _transforms.differentiating_twice():
+            return reference.dense_cayley_backward(dR, reference.dense_cayley(B))
+        return _ops.dense_cayley_backward(dR, R)
+
+
+class ButterflyRotate(torch.autograd.Function):
+    """z = x R (x R^T when transposed); saves x and R, nothing between the stages."""
+
+    @staticmethod
+    def forward(ctx, x, R, transpose):
+        ctx.save_for_backward(x, R)
+        ctx.transpose = transpose
+        return _ops.butterfly_rotate(x, R, transpose)
+
+    @staticmethod
+    def backward(ctx, dz):
+        x, R = ctx.saved_tensors
+        mask = ctx.needs_input_grad[:2]
+        dx, dR = _backward_ops().butterfly_rotate_backward(dz, x, R, ctx.transpose, mask)
+        return dx if mask[0] else None, dR if mask[1] else None, None
+
+
+class ScaleOutputs(torch.autograd.Function):
+    """(y - b) s + b; saves y where the scale needs a gradient."""
+
+    @staticmethod
+    def forward(ctx, y, scale, bias):
+        ctx.save_for_backward(y if ctx.needs_input_grad[1] else None, scale, bias)
+        return _ops.scale_outputs(y, scale, bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        y, scale, bias = ctx.saved_tensors
+        need_y, need_scale, need_bias = ctx.needs_input_grad
+        mask = need_y, need_scale
+        # Without a gradient in the scale the value of y is not read.
+        operand = dy if y is None else y
+        dy0, dscale = _backward_ops().scale_outputs_backward(dy, operand, scale, bias, mask)
+        dbias = None
+        if need_bias:
+            dbias = (dy.reshape(-1, dy.shape[-1]).to(scale.dtype).sum(0) * (1 - scale)).to(bias.dtype)
+        return dy0 if need_y else None, dscale if need_scale else None, dbias
+
+
+class ButterflyRotatedLinear(torch.autograd.Function):
+    """y = s (x R) W^T + b in one accumulator; saves x, W, R, s and p = (x R) W^T where there is a scale."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, scale, R):
+        y, p = _ops.butterfly_rotated_linear(x, weight, bias, scale, R)
+        keep_p = scale is not None and ctx.needs_input_grad[3]
+        ctx.save_for_backward(x, weight, scale, p if keep_p else None, R)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, scale, p, R = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_scale, need_R = ctx.needs_input_grad
+        ops = _backward_ops()
+        if _transforms.differentiating_twice() and p is not None:
+            p = reference.butterfly_rotated_linear(x, weight, None, torch.ones_like(scale), R)[0]
+        dx = dR = dscale = dweight = dbias = None
+        if need_x or need_scale or need_R:
+            mask = need_x, need_scale, need_R
+            kept = dy if p is None else p
+            dx, dscale, dR = ops.butterfly_rotated_linear_backward(dy, x, weight, scale, kept, R, mask)
+            dx, dscale, dR = dx if need_x else None, dscale if need_scale else None, dR if need_R else None
+        if need_weight:
+            z = ops.butterfly_rotate(x, R, False).to(weight.dtype)
+            dp = dy if scale is None else ops.scale_outputs_backward(dy, dy, scale, None, (True, False))[0]
+            with _transforms.no_autocast(dy.device.type):
+                dweight = dp.reshape(-1, dp.shape[-1]).mT @ z.reshape(-1, z.shape[-1])
+        if need_bias:
+            dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
+        return dx, dweight, dbias, dscale, dR
