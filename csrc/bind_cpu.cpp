@@ -42,6 +42,17 @@ static void bind_factor(py::module_& m) {
     py::gil_scoped_release unlocked;
     kernels(level).wy_factor_backward(doubles(dT), V_VALUE, doubles(T), raw(dV), threads);
   });
+  m.def("orthonormal_factor", [](int level, int threads, V_ARGS, Pointer Q, Pointer T, Pointer B) {
+    py::gil_scoped_release unlocked;
+    kernels(level).orthonormal_factor(V_VALUE, raw(Q), static_cast<double*>(raw(T)), static_cast<double*>(raw(B)),
+                                      threads);
+  });
+  m.def("orthonormal_factor_backward",
+        [](int level, int threads, V_ARGS, Pointer dT, Pointer Q, Pointer T, Pointer B, Pointer dV) {
+          py::gil_scoped_release unlocked;
+          kernels(level).orthonormal_factor_backward(V_VALUE, doubles(dT), reflectors(Q, V_dtype, K, r, r, 1),
+                                                     doubles(T), doubles(B), raw(dV), threads);
+        });
   m.def("orthogonality_penalty", [](int level, int threads, V_ARGS, bool squared) {
     py::gil_scoped_release unlocked;
     return kernels(level).penalty(V_VALUE, squared, threads);

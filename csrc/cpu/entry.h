@@ -4,6 +4,7 @@
 #pragma once
 
 #include "exact_backward.h"
+#include "gram_schmidt.h"
 
 namespace peftkern {
 namespace PEFTKERN_ISA {
@@ -42,6 +43,8 @@ inline void rotate_backward_entry(const Rows& dz, const Rows& x, int64_t M, cons
 const Kernels kernels = {
     wy_factor,
     wy_factor_backward,
+    orthonormal_factor,
+    orthonormal_factor_backward,
     project_entry,
     project_backward_entry,
     rotate_entry,

@@ -1,5 +1,5 @@
-// Native CPU API of the householder family: a chain of r reflections in compact WY form, H = I - V T V^T.
-// Dispatch: one table of entry points per instruction set (portable, AVX2, AVX-512); bf16 may go through AMX tiles
+// Native CPU API of the householder and gram_schmidt families: a chain of r reflections in compact WY form, H = I - V T
+// V^T. Dispatch: one table of entry points per instruction set (portable, AVX2, AVX-512); bf16 may go through AMX tiles
 // (amx.h). Shapes: x [M,K], V [K,r] (any strides), T [r,r] fp64 upper triangular, P = x V [M,r], W [N,K].
 #pragma once
 
@@ -31,6 +31,11 @@ struct Kernels {
   void (*wy_factor)(const Reflectors& V, double* T, int threads);
   // dV = V (U + U^T + diag(dA)), dA = -T^T dT T^T, U = striu(dA).
   void (*wy_factor_backward)(const double* dT, const Reflectors& V, const double* T, void* dV, int threads);
+  // Q = V B with orthonormal columns, B upper triangular; T = 2 (Q^T Q)^-1; dependent columns are zero in all three.
+  void (*orthonormal_factor)(const Reflectors& V, void* Q, double* T, double* B, int threads);
+  // dV = (dQ - Q T (dT + dT^T) T / 2) B^T.
+  void (*orthonormal_factor_backward)(const Reflectors& dQ, const double* dT, const Reflectors& Q, const double* T,
+                                      const double* B, void* dV, int threads);
   // P = x V.
   void (*project)(const Rows& x, int64_t M, const Reflectors& V, void* P, int threads);
   // dx = dP V^T, dV = x^T dP.

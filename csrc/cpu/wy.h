@@ -19,8 +19,14 @@ constexpr int64_t kGramChunk = 256;
 template <class C, class D>
 void read_reflectors(const Reflectors& V, int64_t k0, int rows, D* dst, int ld) {
   const C* v = static_cast<const C*>(V.data) + k0 * V.stride_k;
-  for (int k = 0; k < rows; k++)
-    for (int j = 0; j < ld; j++) dst[k * ld + j] = j < V.r ? D(v[k * V.stride_k + j * V.stride_r]) : D(0);
+  for (int k = 0; k < rows; k++, v += V.stride_k, dst += ld) {
+    // Apart, so that the usual case becomes vectors.
+    if (V.stride_r == 1)
+      for (int j = 0; j < V.r; j++) dst[j] = D(v[j]);
+    else
+      for (int j = 0; j < V.r; j++) dst[j] = D(v[j * V.stride_r]);
+    for (int j = V.r; j < ld; j++) dst[j] = 0;
+  }
 }
 
 template <class D>
@@ -67,29 +73,81 @@ inline void wy_factor(const Reflectors& V, double* T, int threads) {
   invert_upper(G.data(), V.r, T);
 }
 
-// out [K][r] = V M, M [r][rp].
-template <class C>
-void multiply_reflectors(const Reflectors& V, const double* M, C* out, int threads) {
-  int64_t blocks = ceil_div(V.K, kBlock);
-  threads = useful_threads(threads, blocks, V.K * V.r * V.r);
-  Buffer<C> tiles(threads * kBlock * V.r);
-#pragma omp parallel num_threads(threads)
-  {
-    C* tile = tiles.data() + thread_index() * kBlock * V.r;
-#pragma omp for schedule(static)
-    for (int64_t b = 0; b < blocks; b++) {
-      int rows = min_int(kBlock, V.K - b * kBlock);
-      read_reflectors(V, b * kBlock, rows, tile, V.r);
-      multiply_small(tile, rows, V.r, M, out + b * kBlock * V.r);
+// One product V M of a sum of them; M [r][rp], of which a triangle may be known to be zero.
+enum Shape { kFull, kUpper, kLower };
+struct Product {
+  Reflectors V;
+  const double* M;
+  Shape shape;
+};
+
+// acc [MR][NV] += columns [c, c + NV W) of V M for MR rows of V [][rp].
+template <int MR, int NV>
+inline void multiply_kernel(const double* V, int r, int rp, const Product& product, int c,
+                            Vec<double>::type (*acc)[NV]) {
+  constexpr int W = Vec<double>::W;
+  int first = product.shape == kLower ? c : 0;
+  int last = product.shape == kUpper ? min_int(r, c + NV * W) : r;
+  for (int k = first; k < last; k++) {
+    Vec<double>::type m[NV];
+    for (int v = 0; v < NV; v++) m[v] = Vec<double>::load(product.M + k * rp + c + v * W);
+    for (int i = 0; i < MR; i++) {
+      Vec<double>::type a = Vec<double>::splat(V[i * rp + k]);
+      for (int v = 0; v < NV; v++) acc[i][v] += a * m[v];
     }
   }
 }
 
-inline void multiply_reflectors(const Reflectors& V, const double* M, void* out, int threads) {
-  if (V.dtype == kFloat64)
-    multiply_reflectors(V, M, static_cast<double*>(out), threads);
+// Columns from c on of MR rows of the sum; tiles [count][kBlock][rp] hold the rows of each V.
+template <class C, int MR, int NV>
+inline void multiply_columns(const Product* sum, int count, const double* tiles, int r, int rp, int c, C* out) {
+  constexpr int W = Vec<double>::W;
+  Vec<double>::type acc[MR][NV] = {};
+  for (int n = 0; n < count; n++) multiply_kernel<MR, NV>(tiles + n * kBlock * rp, r, rp, sum[n], c, acc);
+  for (int i = 0; i < MR; i++)
+    for (int v = 0; v < NV; v++) {
+      double lanes[W];
+      Vec<double>::store(lanes, acc[i][v]);
+      for (int j = c + v * W, l = 0; l < W && j < r; l++, j++) out[i * r + j] = C(lanes[l]);
+    }
+}
+
+template <class C, int MR>
+inline void multiply_rows(const Product* sum, int count, const double* tiles, int r, int rp, C* out) {
+  constexpr int W = Vec<double>::W;
+  int c = 0;
+  for (; c + 2 * W <= rp; c += 2 * W) multiply_columns<C, MR, 2>(sum, count, tiles, r, rp, c, out);
+  for (; c < rp; c += W) multiply_columns<C, MR, 1>(sum, count, tiles, r, rp, c, out);
+}
+
+// out [K][r] = sum of products, accumulated in fp64, rounded once.
+template <class C>
+void multiply_reflectors(const Product* sum, int count, C* out, int threads) {
+  constexpr int MR = kAccumulators / 2;
+  int r = sum->V.r, rp = padded_rank(r);
+  int64_t K = sum->V.K, blocks = ceil_div(K, kBlock);
+  threads = useful_threads(threads, blocks, count * K * r * r);
+  Buffer<double> buffer(int64_t(threads) * count * kBlock * rp);
+#pragma omp parallel num_threads(threads)
+  {
+    double* tiles = buffer.data() + int64_t(thread_index()) * count * kBlock * rp;
+#pragma omp for schedule(static)
+    for (int64_t b = 0; b < blocks; b++) {
+      int rows = min_int(kBlock, K - b * kBlock), i = 0;
+      C* block_out = out + b * kBlock * r;
+      for (int n = 0; n < count; n++) read_reflectors(sum[n].V, b * kBlock, rows, tiles + n * kBlock * rp, rp);
+      for (; i + MR <= rows; i += MR) multiply_rows<C, MR>(sum, count, tiles + i * rp, r, rp, block_out + i * r);
+      for (; i < rows; i++) multiply_rows<C, 1>(sum, count, tiles + i * rp, r, rp, block_out + i * r);
+    }
+  }
+}
+
+template <int count>
+void multiply_reflectors(const Product (&sum)[count], void* out, int threads) {
+  if (sum[0].V.dtype == kFloat64)
+    multiply_reflectors(sum, count, static_cast<double*>(out), threads);
   else
-    multiply_reflectors(V, M, static_cast<float*>(out), threads);
+    multiply_reflectors(sum, count, static_cast<float*>(out), threads);
 }
 
 inline void wy_factor_backward(const double* dT, const Reflectors& V, const double* T, void* dV, int threads) {
@@ -104,7 +162,7 @@ inline void wy_factor_backward(const double* dT, const Reflectors& V, const doub
   // M = -(U + U^T + diag): the minus of dA = -T^T dT T^T goes in here.
   for (int i = 0; i < r; i++)
     for (int j = 0; j < rp; j++) M[i * rp + j] = j >= r ? 0 : -dA[i <= j ? i * r + j : j * r + i];
-  multiply_reflectors(V, M.data(), dV, threads);
+  multiply_reflectors({{V, M.data(), kFull}}, dV, threads);
 }
 
 // E [rp][rp] = U^T U - I over unit columns, diagonal exactly zero; a zero column counts nothing, inverse_norm [r] is 0
@@ -147,7 +205,7 @@ inline void penalty_backward(double grad, const Reflectors& V, bool squared, voi
         m = E[i * rp + j];
       M[i * rp + j] = j < r ? scale * m * inverse_norm[i] * inverse_norm[j] : 0;
     }
-  multiply_reflectors(V, M.data(), dV, threads);
+  multiply_reflectors({{V, M.data(), kFull}}, dV, threads);
 }
 
 }  // namespace PEFTKERN_ISA

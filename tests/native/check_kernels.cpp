@@ -1,7 +1,7 @@
 // Self-check of the CPU kernels without Python, made to be built with -fsanitize=address,undefined: exact-size heap
 // buffers, so that a read or write one element too far is caught; every instruction set that this processor has.
 // Against plain loops in fp64: rotate z = x - P C V^T, rotate_backward dx = dz - Q C^T V^T, C = T^T; pack_linear
-// xs ws^T = z W^T; linear_backward dV = -dz^T S - x^T R for dz = dy W, S = P C, R = dz V C^T.
+// xs ws^T = z W^T; linear_backward dV = -dz^T S - x^T R for dz = dy W, S = P C, R = dz V C^T; orthonormal_factor.
 
 #include <cmath>
 #include <cstdio>
@@ -130,8 +130,8 @@ static void check_linear(Level level, const std::vector<char>& x, Dtype dtype, c
   Matrix wide_V = widened({V_bytes, V_bytes + K * r * 4}, kFloat32), dT(r * r);
   Rows x_rows = {const_cast<char*>(x.data()), dtype, K}, W_rows = {W.data(), dtype, K}, dy_rows = {dy.data(), dtype, N};
   kernels.linear_few_rows(x_rows, M, W_rows, N, bias.data(), V, T.data(), {y.data(), dtype, N}, P.data(), 2);
-  kernels.pack_linear(x_rows, M, W_rows, N, V, T.data(), {xs.data(), dtype, width}, {ws.data(), dtype, width},
-                      P.data(), 2);
+  kernels.pack_linear(x_rows, M, W_rows, N, V, T.data(), {xs.data(), dtype, width}, {ws.data(), dtype, width}, P.data(),
+                      2);
   Matrix exact_y = product(exact_z, wide_W, M, K, N, false, true);
   expect(product(widened(xs, dtype), widened(ws, dtype), M, width, N, false, true), exact_y,
          dtype == kBFloat16 ? 0x1p-14 : 0x1p-18, "pack_linear", name, dtype, M, K, r);
@@ -161,6 +161,38 @@ static void check_linear(Level level, const std::vector<char>& x, Dtype dtype, c
   }
 }
 
+// Q = V B with Q^T Q = I and B upper triangular, T = 2 (Q^T Q)^-1; dV = (dQ - Q T (dT + dT^T) T / 2) B^T.
+static void check_gram_schmidt(Level level, const Reflectors& V, const std::vector<char>& dQ) {
+  const char* name = kLevelNames[level];
+  int r = V.r;
+  int64_t K = V.K;
+  const char* bytes = static_cast<const char*>(V.data);
+  std::vector<char> Q(dQ.size()), dV(dQ.size());
+  Matrix T(r * r), B(r * r), dT(r * r), eye(r * r), symmetric(r * r);
+  for (int i = 0; i < r; i++) eye[i * r + i] = 1;
+  for (double& t : dT) t = uniform();
+  for (int i = 0; i < r; i++)
+    for (int j = 0; j < r; j++) symmetric[i * r + j] = (dT[i * r + j] + dT[j * r + i]) / 2;
+  kernels_of(level).orthonormal_factor(V, Q.data(), T.data(), B.data(), 2);
+  Reflectors dQ_columns = {dQ.data(), V.dtype, K, r, r, 1}, Q_columns = {Q.data(), V.dtype, K, r, r, 1};
+  kernels_of(level).orthonormal_factor_backward(dQ_columns, dT.data(), Q_columns, T.data(), B.data(), dV.data(), 2);
+  Matrix wide_Q = widened(Q, V.dtype), G = product(wide_Q, wide_Q, r, K, r, true);
+  Matrix upper = B;
+  for (int i = 0; i < r; i++)
+    for (int j = 0; j < i; j++) upper[i * r + j] = 0;
+  double limit = kRounding[V.dtype];
+  expect(B, upper, 1e-300, "orthonormal_factor B", name, V.dtype, 0, K, r);
+  expect(product(widened({bytes, bytes + dQ.size()}, V.dtype), B, K, r, r), wide_Q, limit, "orthonormal_factor V B",
+         name, V.dtype, 0, K, r);
+  expect(G, eye, limit, "orthonormal_factor Q", name, V.dtype, 0, K, r);
+  for (double& t : T) t /= 2;
+  expect(product(G, T, r, r, r), eye, limit, "orthonormal_factor T", name, V.dtype, 0, K, r);
+  for (double& t : T) t *= 2;
+  Matrix N = product(product(T, symmetric, r, r, r), T, r, r, r);
+  Matrix exact = product(minus(widened(dQ, V.dtype), product(wide_Q, N, K, r, r)), B, K, r, r, false, true);
+  expect(widened(dV, V.dtype), exact, limit, "orthonormal_factor_backward", name, V.dtype, 0, K, r);
+}
+
 static void check(Level level, Dtype dtype, int64_t M, int64_t K, int r, int64_t N) {
   const Kernels& kernels = kernels_of(level);
   Dtype V_dtype = dtype == kFloat64 ? kFloat64 : kFloat32;
@@ -179,6 +211,7 @@ static void check(Level level, Dtype dtype, int64_t M, int64_t K, int r, int64_t
   expect(widened(z, dtype), exact_z, kRounding[dtype], "rotate", name, dtype, M, K, r);
   expect(widened(dx, dtype), rotated(widened(dz, dtype), wide_V, T, false, M, K, r), kRounding[dtype],
          "rotate_backward", name, dtype, M, K, r);
+  check_gram_schmidt(level, reflectors, V);
   // For the sanitizers: their values are tested from Python.
   kernels.wy_factor_backward(dT.data(), reflectors, T.data(), dV.data(), 2);
   kernels.project(x_rows, M, reflectors, dP.data(), 2);
@@ -189,7 +222,7 @@ static void check(Level level, Dtype dtype, int64_t M, int64_t K, int r, int64_t
 }
 
 int main() {
-  const int64_t shapes[][4] = {{0, 33, 2, 5},    {1, 1, 1, 1},    {3, 123, 7, 37},     {17, 64, 8, 32},
+  const int64_t shapes[][4] = {{0, 33, 2, 5},    {1, 1, 1, 1},     {3, 123, 7, 37},    {17, 64, 8, 32},
                                {33, 96, 31, 37}, {70, 160, 9, 64}, {33, 129, 128, 17}, {33, 64, 32, 96}};
   for (int level = kPortable; level <= best_level(); level++)
     for (int dtype = kFloat64; dtype <= kFloat16; dtype++)

@@ -18,6 +18,11 @@ def factor(K=13, r=3, dtype=torch.float32):
         return V, torch.ops.peftkern.wy_factor(V)
 
 
+def orthonormal(V):
+    with peftkern.use_backend("reference"):
+        return torch.ops.peftkern.orthonormal_factor(V)
+
+
 def rows(*shape, dtype=torch.bfloat16):
     return torch.randn(*shape, 13).to(dtype)
 
@@ -94,9 +99,11 @@ SAMPLES = {
         (small(dtype=torch.float64), V64, False),
         (small(), wide, True),
     ],
-    "projector_factor": [(V,), (V64,), (wide,)],
-    "projector_factor_backward": [(small(3, 3, dtype=torch.float64), V, T), (T.T, wide, T)],
-    "orthonormaliser": [(V,), (V64,), (wide,)],
+    "orthonormal_factor": [(V,), (V64,), (wide,)],
+    "orthonormal_factor_backward": [
+        (small(13, 3), small(3, 3, dtype=torch.float64), *orthonormal(V)),
+        (small(13, 3, dtype=torch.float64), T64, *orthonormal(V64)),
+        (wide, T.T, orthonormal(V)[0].T.contiguous().T, orthonormal(V)[1], orthonormal(V)[2].T.contiguous().T),
     "skew_polynomial": [
         (packed, [1.0, 2.0, 2.0, 2.0, 1.0]),
         (shared.double(), [1.0]),

@@ -1,4 +1,4 @@
-"""Orthonormalised reflections in projector form: H = I - 2 Q Q^T = I - V T V^T with T = 2 (V^T V)^-1.
+"""Orthonormalised reflections: H = I - 2 Q Q^T = I - Q T Q^T with Q an orthonormal basis of span(V), T = 2 (Q^T Q)^-1.
 
 `peftkern.ops.householder.factor(u, gram_schmidt=True)` is the differentiable entry; derivation: README.md.
 """

@@ -6,18 +6,21 @@ from peftkern.ops import _transforms
 from peftkern.ops.gram_schmidt import reference
 
 
-class ProjectorFactor(torch.autograd.Function):
-    """V [K, r] -> T [r, r] float64 with I - V T V^T = I - 2 Q Q^T."""
+class OrthonormalFactor(torch.autograd.Function):
+    """V [K, r] -> an orthonormal basis Q like V and T [r, r] float64 with I - Q T Q^T = I - 2 Q Q^T.
+
+    B of Q = V B counts as a constant: gradients are those of functions of the span alone.
+    """
 
     @staticmethod
     def forward(ctx, V):
-        T = torch.ops.peftkern.projector_factor(V)
-        ctx.save_for_backward(V, T)
-        return T
+        Q, T, B = torch.ops.peftkern.orthonormal_factor(V)
+        ctx.save_for_backward(V, Q, T, B)
+        return Q, T
 
     @staticmethod
-    def backward(ctx, dT):
-        V, T = ctx.saved_tensors
+    def backward(ctx, dQ, dT):
+        V, Q, T, B = ctx.saved_tensors
         if _transforms.differentiating_twice():
-            return reference.projector_factor_backward(dT, V, reference.projector_factor(V))
-        return torch.ops.peftkern.projector_factor_backward(dT.contiguous(), V, T)
+            return reference.orthonormal_factor_backward(dQ, dT, *reference.orthonormal_factor(V))
+        return torch.ops.peftkern.orthonormal_factor_backward(dQ, dT, Q, T, B)

@@ -1,43 +1,46 @@
-"""Contracts of the `gram_schmidt` operations. V [K, r] float32 or float64; T [r, r] float64."""
+"""Contracts of the `gram_schmidt` operations. V, Q [K, r] float32 or float64; T, B [r, r] float64."""
 
 import torch
 
 from peftkern.dispatch import Operation
+from peftkern.ops import _checks
 from peftkern.ops.householder import contract as householder
 
 FAMILY = "peftkern.ops.gram_schmidt"
 
 
-def _check(V):
-    householder._check_factor("projector_factor", V)
+def check_orthonormal_factor(V):
+    householder._check_factor("orthonormal_factor", V)
 
 
-def _check_orthonormaliser(V):
-    householder._check_factor("orthonormaliser", V)
+def _fake_orthonormal_factor(V):
+    square = V.shape[1], V.shape[1]
+    T, B = (torch.empty(square, dtype=torch.float64, device=V.device) for _ in range(2))
+    return torch.empty(V.shape, dtype=V.dtype, device=V.device), T, B
 
 
-def _fake_square(V):
-    return V.new_empty((V.shape[1], V.shape[1]), dtype=torch.float64)
+def check_orthonormal_factor_backward(dQ, dT, Q, T, B):
+    op = "orthonormal_factor_backward"
+    householder._check_factor(op, Q, T)
+    if dQ.shape != Q.shape or dQ.dtype is not Q.dtype:
+        raise ValueError(f"{op}: dQ must be like Q; got {_checks.describe(dQ)} and {_checks.describe(Q)}")
+    for name, square in (("dT", dT), ("B", B)):
+        if square.shape != T.shape or square.dtype is not torch.float64:
+            raise ValueError(f"{op}: {name} must be like T; got {_checks.describe(square)}")
+    _checks.same_device(op, dQ=dQ, dT=dT, Q=Q, T=T, B=B)
 
 
-def _check_backward(dT, V, T):
-    householder.check_factor_backward("projector_factor_backward", dT, V, T)
-
-
-PROJECTOR_FACTOR = Operation(
-    "projector_factor(Tensor V) -> Tensor",
+ORTHONORMAL_FACTOR = Operation(
+    "orthonormal_factor(Tensor V) -> (Tensor, Tensor, Tensor)",
     FAMILY,
-    _check,
-    _fake_square,
+    check_orthonormal_factor,
+    _fake_orthonormal_factor,
     householder._key_factor,
 )
-ORTHONORMALISER = Operation(
-    "orthonormaliser(Tensor V) -> Tensor", FAMILY, _check_orthonormaliser, _fake_square, householder._key_factor
-)
-PROJECTOR_FACTOR_BACKWARD = Operation(
-    "projector_factor_backward(Tensor dT, Tensor V, Tensor T) -> Tensor",
+ORTHONORMAL_FACTOR_BACKWARD = Operation(
+    "orthonormal_factor_backward(Tensor dQ, Tensor dT, Tensor Q, Tensor T, Tensor B) -> Tensor",
     FAMILY,
-    _check_backward,
-    lambda dT, V, T: torch.empty(V.shape, dtype=V.dtype, device=V.device),
-    lambda dT, V, T: householder._key_factor(V),
+    check_orthonormal_factor_backward,
+    lambda dQ, dT, Q, T, B: torch.empty(Q.shape, dtype=Q.dtype, device=Q.device),
+    lambda dQ, dT, Q, T, B: householder._key_factor(Q),
 )

@@ -1,9 +1,9 @@
 """Reference backend of the `gram_schmidt` operations: plain torch, any device.
 
-    Q an orthonormal basis of span(V):  H = I - 2 Q Q^T = I - V T V^T,  T = 2 (V^T V)^-1     (README.md, eq. 1 to 3)
+    Q an orthonormal basis of span(V):  H = I - 2 Q Q^T = I - Q T Q^T,  T = 2 (Q^T Q)^-1     (README.md, eq. 1 to 3)
 
 Gram-Schmidt meets the columns from left to right; one that depends on those before it (relative squared residual
-below 8 K eps of float64) is dropped: its row and column of T are zero, and so is its gradient.
+below 8 K eps of float64) is dropped: its column of Q and its row and column of T are zero, and so is its gradient.
 """
 
 import torch
@@ -40,7 +40,7 @@ def _gram(V):
 
 @without_autocast
 def projector_factor(V):
-    """V [K, r] -> T [r, r] float64, symmetric, zero in the rows and columns of dropped columns."""
+    """T = 2 (V^T V)^-1 [r, r] float64 with I - V T V^T = I - 2 Q Q^T; dropped columns have zero rows and columns."""
     L, scale, keep = _gram(V)
     inverse = torch.cholesky_inverse(L) - torch.diag_embed(1 - keep)
     return 2 * inverse * scale * scale[:, None]
@@ -55,7 +55,15 @@ def orthonormaliser(V):
 
 
 @without_autocast
-def projector_factor_backward(dT, V, T):
-    """dG = -T dT T / 2 made symmetric; dV = V (dG + dG^T)."""
+def orthonormal_factor(V):
+    """V [K, r] -> Q = V B like V, T = 2 (Q^T Q)^-1 and B, float64; differentiable, with B as a constant."""
+    B = orthonormaliser(V.detach())
+    Q = (V.double() @ B).to(V.dtype)
+    return Q, projector_factor(Q), B
+
+
+@without_autocast
+def orthonormal_factor_backward(dQ, dT, Q, T, B):
+    """dG = -T dT T / 2 for G = Q^T Q;  dV = (dQ + Q (dG + dG^T)) B^T."""
     dG = -T @ dT @ T / 2
-    return (V.double() @ (dG + dG.mT)).to(V.dtype)
+    return ((dQ.double() + Q.double() @ (dG + dG.mT)) @ B.mT).to(Q.dtype)

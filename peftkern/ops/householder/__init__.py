@@ -8,7 +8,7 @@ import torch
 
 from peftkern.ops import _checks, _transforms
 from peftkern.ops.gram_schmidt import reference as gs_reference
-from peftkern.ops.gram_schmidt.autograd import ProjectorFactor
+from peftkern.ops.gram_schmidt.autograd import OrthonormalFactor
 from peftkern.ops.householder import autograd, contract, reference  # noqa: F401  (contract registers the operations)
 
 PRECISIONS = ("auto", "fast", "exact")
@@ -50,12 +50,10 @@ def factor(u, dtype=torch.float32, gram_schmidt=False):
     """
     V = u.to(dtype)
     by_formula = _transforms.needs_reference()
-    if not gram_schmidt:
-        return V, reference.wy_factor(V) if by_formula else autograd.WYFactor.apply(V)
-    # H depends on the span of V alone: V B stands for V, and B counts as a constant (gram_schmidt/README.md, eq. 3).
-    orthonormaliser = gs_reference.orthonormaliser if by_formula else torch.ops.peftkern.orthonormaliser
-    V = (V.double() @ orthonormaliser(V.detach())).to(dtype)
-    return V, gs_reference.projector_factor(V) if by_formula else ProjectorFactor.apply(V)
+    if gram_schmidt:
+        # Q stands for V: H depends on the span alone (gram_schmidt/README.md, eq. 2).
+        return gs_reference.orthonormal_factor(V)[:2] if by_formula else OrthonormalFactor.apply(V)
+    return V, reference.wy_factor(V) if by_formula else autograd.WYFactor.apply(V)
 
 
 def compose(factors):
