@@ -104,6 +104,7 @@ SAMPLES = {
         (small(13, 3), small(3, 3, dtype=torch.float64), *orthonormal(V)),
         (small(13, 3, dtype=torch.float64), T64, *orthonormal(V64)),
         (wide, T.T, orthonormal(V)[0].T.contiguous().T, orthonormal(V)[1], orthonormal(V)[2].T.contiguous().T),
+    ],
     "skew_polynomial": [
         (packed, [1.0, 2.0, 2.0, 2.0, 1.0]),
         (shared.double(), [1.0]),
