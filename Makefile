@@ -33,7 +33,7 @@ SOURCES := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 # The installed torch is written down once and handed to every later pip, so that no other package can replace it.
 INSTALL = $(PY) -m pip install --quiet --no-build-isolation -c $(STATE)/constraints.txt
 
-.PHONY: help install test test-all sanitize demo bench report lint clean
+.PHONY: help install test test-all sanitize demo bench report gpu lint clean
 
 help:  ## list the verbs
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -82,6 +82,10 @@ bench: $(STATE)/bench  ## measure against plain PEFT and the frozen layer (ARGS=
 
 report: $(STATE)/bench  ## make the benchmark page and the README's tables from the measurements
 	$(PY) -m bench.report $(RESULT) $(ARGS)
+
+# Downloads and installs nothing: the Python at hand, with the torch and Triton that it has.
+gpu:  ## build, test, check and measure on this machine's GPU in ten minutes (ARGS=--dry-run without a GPU)
+	@$(or $(wildcard $(PY)),$(PYTHON)) -m bench.gpu $(ARGS)
 
 lint: $(STATE)/dev  ## check the style of Python and C++
 	$(PY) -m ruff check .

@@ -41,6 +41,21 @@ LABELS = {
     "exact": "peftkern, exact",
 }
 OURS = ("fast", "auto", "exact")
+# Arms on a GPU are `<backend>-<precision>`: the package's layer, this backend first.
+GPU_BACKENDS = ("reference", "triton", "cuda")
+LABELS_GPU = {
+    "compiled": "torch.compile(PEFT)",
+    "lycoris": "LyCORIS",
+    **{f"{b}-{p}": f"peftkern, {b}, {p}" for b in GPU_BACKENDS for p in ("fast", "exact")},
+}
+
+
+def label(name: str) -> str:
+    return LABELS.get(name) or LABELS_GPU.get(name, name)
+
+
+def is_ours(name: str) -> bool:
+    return name in OURS or name.partition("-")[0] in GPU_BACKENDS
 
 
 def names(problem: Problem) -> tuple[str, ...]:
@@ -48,7 +63,7 @@ def names(problem: Problem) -> tuple[str, ...]:
     return tuple(LABELS) if problem.case.half else ("frozen", "peft", "torch", "fast", "auto")
 
 
-def _base_layer(problem: Problem) -> nn.Module:
+def base_layer(problem: Problem) -> nn.Module:
     case = problem.case
     with torch.device("meta"):
         if case.kind == "conv":
@@ -60,14 +75,14 @@ def _base_layer(problem: Problem) -> nn.Module:
 
 
 def _frozen(problem: Problem) -> Arm:
-    return Arm("frozen", _base_layer(problem))
+    return Arm("frozen", base_layer(problem))
 
 
 def _triangular_factor(V: Tensor) -> Tensor:
     """T of H = I - V T V^T in float64; V [K, r] in float64."""
     G = V.T @ V
     A = G.triu(1) + torch.diag(G.diagonal() / 2)
-    return torch.linalg.solve_triangular(A, torch.eye(len(A), dtype=A.dtype), upper=True)
+    return torch.linalg.solve_triangular(A, torch.eye(len(A), dtype=A.dtype, device=A.device), upper=True)
 
 
 def _plain_torch(problem: Problem) -> Arm:
@@ -110,7 +125,7 @@ def _peft_model(problem: Problem) -> nn.Module:
         r=case.r, target_modules=["layer"], apply_GS=gram_schmidt, init_weights=not gram_schmidt, inference_mode=False
     )
     model = nn.Module()
-    model.layer = _base_layer(problem)
+    model.layer = base_layer(problem)
     model = peft.get_peft_model(model, config, autocast_adapter_dtype=case.adapter_dtype != case.base_dtype)
     layer = model.base_model.model.layer
     if layer.hra_u["default"].dtype != case.adapter_dtype:

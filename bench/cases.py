@@ -133,12 +133,12 @@ class Problem:
     grad_y: Tensor
 
 
-def make_problem(case: Case, seed: int = 0) -> Problem:
+def make_problem(case: Case, seed: int = 0, device: str = "cpu") -> Problem:
     """Random tensors of a case; u is a trained-looking adapter, pairs of vectors that have moved 10 % apart."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=generator, device=device)
 
     K = case.reflector_length
     if case.kind == "conv":

@@ -42,7 +42,7 @@ def machine() -> dict[str, object]:
     }
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -50,7 +50,7 @@ def _version(package: str) -> str | None:
 
 
 def versions() -> dict[str, str | None]:
-    found = {name: _version(name) for name in ("torch", "peft", "peftkern", "pytest-benchmark")}
+    found = {name: version(name) for name in ("torch", "peft", "peftkern", "pytest-benchmark")}
     if found["peftkern"] is None:
         try:
             import peftkern
@@ -61,15 +61,15 @@ def versions() -> dict[str, str | None]:
     return {"python": platform.python_version(), **found}
 
 
-def backends() -> dict[str, str]:
-    """Which backend serves each operation on this machine's CPU."""
+def backends(device_type: str = "cpu") -> dict[str, str]:
+    """Which backend serves each operation on this machine, on devices of a type."""
     try:
         from peftkern import dispatch
     except ImportError:
         return {}
     served = {}
     for name, operation in dispatch.operations().items():
-        served[name] = next((backend for backend, ok, _ in operation.explain_static("cpu") if ok), "none")
+        served[name] = next((backend for backend, ok, _ in operation.explain_static(device_type) if ok), "none")
     return served
 
 

@@ -3,24 +3,11 @@
 from __future__ import annotations
 
 from html import escape
-from pathlib import Path
 
-from bench import plots
+from bench import markup, plots
 from bench.arms import LABELS
 from bench.measure import GAIN_SIZES
 from bench.result import TARGETS, CaseResult, Entry, Result, duration, megabytes, ratio
-
-CSS = (Path(__file__).parent / "page.css").read_text()
-
-
-def _table(head: list[str], rows: list[str]) -> str:
-    cells = "".join(f"<th>{cell}</th>" for cell in head)
-    return f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
-
-
-def _row(cells: list[str], css: str = "") -> str:
-    attribute = f' class="{css}"' if css else ""
-    return f"<tr{attribute}>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
 
 
 def _mark(met: bool, text: str, note: str) -> str:
@@ -52,7 +39,7 @@ def _targets(result: Result) -> str:
     for case in result.table():
         speed = case.speedup("auto")
         rows.append(
-            _row(
+            markup.row(
                 [
                     escape(case.case["title"]) + (", forward" if case.case["kind"] == "decode" else ""),
                     *(_overhead(case, arm) for arm in ("peft", "torch", "fast", "auto")),
@@ -63,7 +50,7 @@ def _targets(result: Result) -> str:
             )
         )
     head = ["layer", "PEFT", "plain torch", "fast", "auto", "faster than PEFT", "PEFT keeps", "auto keeps"]
-    text = _table(head, rows)
+    text = markup.table(head, rows)
     missing = [name for name in TARGETS["overhead"] if name not in result.cases]
     if missing:
         text += f'<p class="small soft">Not in this run: {", ".join(map(escape, missing))}.</p>'
@@ -180,10 +167,10 @@ def _accuracy(result: Result) -> str:
             seen.add(title)
             cells = [first, escape(LABELS[arm]), *(f"{value:.1e}" for value in error)]
             rows.append(
-                _row([*cells, worst("y"), worst("dx"), worst("du")], css).replace("<td>", '<td class="name">', 2)
+                markup.row([*cells, worst("y"), worst("dx"), worst("du")], css).replace("<td>", '<td class="name">', 2)
             )
     head = ["dtype", "arm", "error of y", "of dx", "of du", "y against baseline", "dx", "du"]
-    return _table(head, rows).replace("<th>arm", '<th class="name">arm')
+    return markup.table(head, rows).replace("<th>arm", '<th class="name">arm')
 
 
 def _everything(result: Result, kinds: tuple[str, ...]) -> str:
@@ -228,12 +215,8 @@ def _everything(result: Result, kinds: tuple[str, ...]) -> str:
                 *(_judged(entry, part) for part in ("y", "dx", "du")),
                 *(_percent(entry.gain(size)) for size in GAIN_SIZES),
             ]
-            rows.append(_row(cells, "ours" if arm in ("fast", "auto", "exact") else ""))
-    return _table(head, rows)
-
-
-def _section(title: str, text: str, body: str) -> str:
-    return f"<section><h2>{title}</h2><p class='soft'>{text}</p>{body}</section>"
+            rows.append(markup.row(cells, "ours" if arm in ("fast", "auto", "exact") else ""))
+    return markup.table(head, rows)
 
 
 def render(result: Result) -> str:
@@ -241,20 +224,20 @@ def render(result: Result) -> str:
     linear = result.of_kind("linear")
     served = ", ".join(f"{operation} {backend}" for operation, backend in sorted(result.backends.items()))
     sections = [
-        _section(
+        markup.section(
             "Measured against the targets",
             "Time of one adapted layer over that of its frozen base layer, forward + backward: 1.00 is the "
             "physical limit. A tick or a cross judges the figure as printed.",
             _targets(result),
         ),
-        _section(
+        markup.section(
             "Overhead over the frozen layer",
             "Median of the rounds' ratios; the bar is their middle half. Lower is better. "
             "The axis is stretched towards 1; the grey line is the "
             "frozen layer.",
             plots.overhead(linear, "Overhead over the frozen layer"),
         ),
-        _section(
+        markup.section(
             "Memory kept for backward",
             "What autograd keeps of one layer beyond the frozen layer, parameters left out, the input x counted in.",
             plots.saved(linear, "Memory kept for backward"),
@@ -262,7 +245,7 @@ def render(result: Result) -> str:
     ]
     if any("gain" in entry.info for case in linear for entry in case.arms.values()):
         sections.append(
-            _section(
+            markup.section(
                 "What reaches the output of a small update",
                 "In half precision an update that meets an already rounded product is rounded away. Mean over the"
                 " shapes, the bar is their range, the green band is 100 ± 6 %. An adapter in bf16 can only hold "
@@ -271,7 +254,7 @@ def render(result: Result) -> str:
             )
         )
     sections.append(
-        _section(
+        markup.section(
             "Accuracy",
             "Largest error against float64 over all shapes, and the same over that of the baseline: plain torch "
             "in the same dtype; where dtypes are mixed, PEFT's own path. At most 2 is asked. Where PEFT keeps the"
@@ -286,7 +269,7 @@ def render(result: Result) -> str:
         ("decode", "One-token decoding", "Forward under <code>no_grad</code> with a frozen adapter."),
     ):
         if result.of_kind(kind):
-            sections.append(_section(title, text, plots.overhead(result.of_kind(kind), title)))
+            sections.append(markup.section(title, text, plots.overhead(result.of_kind(kind), title)))
     tables = "".join(
         f"<details class='dense'><summary>{title}</summary>{_everything(result, (kind,))}</details>"
         for kind, title in (
@@ -297,9 +280,9 @@ def render(result: Result) -> str:
         )
         if result.of_kind(kind)
     )
-    sections.append(_section("Every figure", "Losses included; an arm that did not run says why.", tables))
+    sections.append(markup.section("Every figure", "Losses included; an arm that did not run says why.", tables))
     sections.append(
-        _section(
+        markup.section(
             "How it was measured",
             "All arms of a row run in turn within each round, in an order in which each follows each other "
             "equally often, on the same tensors and the same weight. The overhead is the median over the rounds "
@@ -311,11 +294,8 @@ def render(result: Result) -> str:
             f'<p class="small soft">Served by: {escape(served)}.</p>',
         )
     )
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>peftkern: Householder reflection adapters, measured</title><style>{CSS}</style></head><body><main>"
-        "<h1>Householder reflection adapters, measured</h1>"
-        '<p class="soft">peftkern against PEFT, plain torch and the frozen layer that all of them adapt.</p>'
-        f"{_tiles(result)}{''.join(sections)}</main></body></html>\n"
+    return markup.document(
+        "Householder reflection adapters, measured",
+        "peftkern against PEFT, plain torch and the frozen layer that all of them adapt.",
+        f"{_tiles(result)}{''.join(sections)}",
     )

@@ -40,15 +40,19 @@ def main(arguments: list[str] | None = None) -> int:
     if not path.exists():
         print(f"{path} does not exist; run `make bench` first, or name a result file", file=sys.stderr)
         return 1
-    # Here, for matplotlib is needed for the page alone.
-    from bench import page
-
     try:
         result = Result.load(path)
         html = options.html or path.with_suffix(".html")
+        if result.gpu:
+            from bench.gpu import page
+        else:
+            # Here, for it needs matplotlib.
+            from bench import page
         html.write_text(page.render(result))
         print(f"page: {html}")
-        if not options.no_readme:
+        if result.gpu:
+            print("README left alone: its tables are of a processor")
+        elif not options.no_readme:
             if path.resolve().parent != RESULTS:
                 print(f"README left alone: its tables come from a committed file in {RESULTS}")
             else:

@@ -81,13 +81,16 @@ class Result:
     date: str
     cases: dict[str, CaseResult]
     import_seconds: float | None
+    # Of a run on a GPU (bench/gpu): card, peaks, steps, order, dropped; None in other files.
+    gpu: dict | None = None
 
     @classmethod
     def load(cls, path: Path) -> Result:
-        """Read a JSON file written by `--benchmark-json`. Raises ValueError with a sentence where it holds no rows."""
+        """Read a JSON file written by `--benchmark-json` or by bench.gpu (which may hold no rows, where no step got so
+        far). Raises ValueError with a sentence where there is nothing to report."""
         data = json.loads(Path(path).read_text())
         rows = [row for row in data["benchmarks"] if "case" in row["extra_info"]]
-        if not rows:
+        if not rows and "gpu" not in data:
             raise ValueError(f"{path} holds no rows of these benchmarks; run `make bench` first")
         cases: dict[str, CaseResult] = {}
         import_seconds = None
@@ -98,16 +101,17 @@ class Result:
                 continue
             case = cases.setdefault(info["case"]["id"], CaseResult(info["case"]))
             case.arms[info["arm"]] = Entry(info, row["stats"])
-        first = rows[0]["extra_info"]
+        first = rows[0]["extra_info"] if rows else {}
         return cls(
             name=Path(path).name,
-            machine=first["machine"],
-            versions=first["versions"],
-            backends=first["backends"],
-            commit=first["commit"],
+            machine=first.get("machine", data.get("machine_info")),
+            versions=first.get("versions", {}),
+            backends=first.get("backends", {}),
+            commit=first.get("commit"),
             date=data["datetime"][:10],
             cases={name: case for name, case in cases.items() if "frozen" in case.arms},
             import_seconds=import_seconds,
+            gpu=data.get("gpu"),
         )
 
     def of_kind(self, *kinds: str) -> list[CaseResult]:

@@ -41,10 +41,10 @@ def verdict(name: str, case: Case, found: dict[str, float], baseline: dict[str, 
     for part, error in found.items():
         if not error <= GROSS_ERROR[case.base_dtype]:
             return (
-                f"{contenders.LABELS[name]} at {case.title}: the error of {part} against float64 is {error:.1e}, "
+                f"{contenders.label(name)} at {case.title}: the error of {part} against float64 is {error:.1e}, "
                 f"above {GROSS_ERROR[case.base_dtype]:.1e}, so it was not timed"
             )
-        if name not in contenders.OURS or baseline is None:
+        if not contenders.is_ours(name) or baseline is None:
             continue
         limit = ERROR_RATIO_LIMIT * baseline[part]
         if part == "du" and case.dtype == "bf16+fp32":
@@ -52,7 +52,7 @@ def verdict(name: str, case: Case, found: dict[str, float], baseline: dict[str, 
         if error > limit:
             yardstick = contenders.LABELS[measure.baseline_of(case)]
             return (
-                f"{contenders.LABELS[name]} at {case.title}: the error of {part} against float64 is {error:.1e}, "
+                f"{contenders.label(name)} at {case.title}: the error of {part} against float64 is {error:.1e}, "
                 f"{error / baseline[part]:.1f} times that of {yardstick} (limit {limit:.1e}), so it was not timed"
             )
     return None
@@ -107,11 +107,11 @@ def measure_row(case: Case, seconds: float) -> Row:
             if cost[name] < ONE_RUN:
                 cost[name] = _cost(arm, problem)
         except Exception as error:
-            row.refused[name] = f"{contenders.LABELS[name]} at {case.title} raised {type(error).__name__}: {error}"
+            row.refused[name] = f"{contenders.label(name)} at {case.title} raised {type(error).__name__}: {error}"
             continue
         detours = arm.detours() if arm.detours else {}
         if detours:
-            row.refused[name] = f"{contenders.LABELS[name]} at {case.title} ran PEFT's own code: {detours}"
+            row.refused[name] = f"{contenders.label(name)} at {case.title} ran PEFT's own code: {detours}"
             continue
         built[name] = arm
     del reference

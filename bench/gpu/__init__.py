@@ -1,0 +1,1 @@
+"""Level 5: everything on a real GPU, in ten minutes. `python -m bench.gpu --help`."""

@@ -1,0 +1,192 @@
+"""The report of a run on a GPU: an HTML page, and its tables as text. Needs nothing beyond torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from html import escape
+
+from bench import markup
+from bench.arms import label
+from bench.gpu import contenders
+from bench.result import CaseResult, Result, duration, megabytes, ratio
+
+LAYERS = ("linear", "gram_schmidt")
+DRY = "A dry run on a machine without a GPU: its figures mean nothing."
+
+
+def _arms(cases: list[CaseResult]) -> list[str]:
+    """Contenders in their usual order, of which any case has a row or a reason."""
+    listed = list(dict.fromkeys(name for kind in (*LAYERS, "op:") for name in contenders.names(kind)))
+    return [name for name in listed if any(name in case.arms or case.why_missing(name) for case in cases)]
+
+
+def _title(case: CaseResult) -> str:
+    kind = case.case["kind"]
+    prefix = {"linear": "", "gram_schmidt": "Gram-Schmidt, "}.get(kind, f"{kind.removeprefix('op:')}, ")
+    return prefix + case.case["title"]
+
+
+def table(cases: list[CaseResult], value: Callable[[CaseResult, str], str]) -> tuple[list[str], list[list[str]]]:
+    """(head, rows of cells): a row per case; `value` of every contender."""
+    arms = _arms(cases)
+    return ["layer", *map(label, arms)], [[_title(case), *(value(case, arm) for arm in arms)] for case in cases]
+
+
+def _cell(case: CaseResult, arm: str, text: Callable) -> str:
+    if arm in case.arms:
+        return text(case.arms[arm])
+    reason = case.why_missing(arm)
+    return "–" if reason is None else "refused" if arm in case.arms["frozen"].info.get("refused", {}) else "n/a"
+
+
+def total(case: CaseResult, arm: str) -> str:
+    show = (lambda e: duration(e.stats["median"])) if arm == "frozen" else (lambda e: ratio(e.overhead))
+    return _cell(case, arm, show)
+
+
+def forward(case: CaseResult, arm: str) -> str:
+    def show(entry):
+        if arm == "frozen":
+            return duration(entry.info["forward"]["median"])
+        return ratio(entry.info["forward_overhead"]["median_of_ratios"])
+
+    return _cell(case, arm, show)
+
+
+def peak(case: CaseResult, arm: str) -> str:
+    return _cell(case, arm, lambda entry: megabytes(entry.info.get("peak_bytes")))
+
+
+def operation(case: CaseResult, arm: str) -> str:
+    def show(entry):
+        own = duration(entry.stats["median"])
+        return own if arm == "frozen" else f"{own} ({100 * entry.overhead:.1f} %)"
+
+    return _cell(case, arm, show)
+
+
+def _operations(result: Result) -> list[CaseResult]:
+    return [case for case in result.cases.values() if case.case["kind"].startswith("op:")]
+
+
+def _html(head: list[str], rows: list[list[str]]) -> str:
+    return markup.table([escape(cell) for cell in head], [markup.row([escape(cell) for cell in row]) for row in rows])
+
+
+def _plain(head: list[str], rows: list[list[str]]) -> str:
+    width = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    line = "  ".join
+    return "\n".join(line(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, width, strict=True)))
+                     for row in [head, *rows])  # fmt: skip
+
+
+def card_rows(gpu: dict) -> list[list[str]]:
+    """What the card is and what it reached."""
+    found, peaks = gpu["card"], gpu["peaks"]
+    rows = [[name.replace("_", " "), str(value)] for name, value in found.items() if value is not None]
+    if "copy_bytes_per_second" in peaks:
+        rows.append(["copy, bytes read and written", f"{peaks['copy_bytes_per_second'] / 1e12:.2f} TB/s"])
+        rows += [
+            [f"matrix product, {kind.replace('_', ' ')}", f"{rate / 1e12:.3g} TF/s"]
+            for kind, rate in peaks["flops_per_second"].items()
+        ]
+        rows.append(["gap between two launches", duration(peaks["launch_seconds"])])
+    return rows
+
+
+def _steps(gpu: dict) -> str:
+    state = {True: '<span class="ok">ok</span>', False: '<span class="bad">failed</span>', None: "not run, or in part"}
+    rows = []
+    for step in gpu["steps"]:
+        said = "<br>".join(escape(sentence) for sentence in step["said"]) or "–"
+        failures = "".join(f"<br>{escape(f['test'])}: {escape(f['said'])}" for f in step.get("failures", []))
+        cells = [escape(step["name"]), state[step["ok"]], duration(step["seconds"]), said + failures]
+        rows.append(markup.row(cells).replace("<td>", '<td class="wrap name">'))
+    return markup.table(["step", "", "time", "what it says"], rows)
+
+
+def _reasons(cases: list[CaseResult]) -> list[str]:
+    """Every contender without a row and why, each sentence once, with the cases it holds for."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for case in cases:
+        for arm in _arms([case]):
+            reason = case.why_missing(arm)
+            if reason and arm not in case.arms:
+                found.setdefault((arm, reason), []).append(_title(case))
+    lines = []
+    for (arm, reason), titles in found.items():
+        where = titles[0] if len(titles) == 1 else f"{len(titles)} cases"
+        lines.append(f"{label(arm)} ({where}): {reason}")
+    return lines
+
+
+def text(result: Result) -> str:
+    """The tables for a terminal."""
+    gpu, layers = result.gpu, result.of_kind(*LAYERS)
+    parts = [DRY] if gpu["dry_run"] else []
+    parts.append("\n".join(f"{name}: {value}" for name, value in card_rows(gpu)))
+    if layers:
+        parts.append("forward + backward, over the frozen layer (frozen layer: its time)")
+        parts.append(_plain(*table(layers, total)))
+    if _operations(result):
+        parts.append("operations (share of the frozen layer's forward + backward)")
+        parts.append(_plain(*table(_operations(result), operation)))
+    parts += _reasons(list(result.cases.values()))
+    if gpu["dropped"]:
+        parts.append(f"not timed, for want of time: {len(gpu['dropped'])} cases")
+    return "\n\n".join(part for part in parts if part)
+
+
+def render(result: Result) -> str:
+    """The whole page as one string."""
+    gpu, layers = result.gpu, result.of_kind(*LAYERS)
+    sections = [markup.section("The card", "As it describes itself, and as measured.", _html(["", ""], card_rows(gpu)))]
+    if layers:
+        sections.append(
+            markup.section(
+                "Forward + backward",
+                "Device time over that of the frozen layer, whose own time stands first; median of the rounds' ratios.",
+                _html(*table(layers, total)),
+            )
+        )
+        sections.append(markup.section("Forward alone", "From the same runs.", _html(*table(layers, forward))))
+        sections.append(
+            markup.section(
+                "Peak memory",
+                "Most memory allocated during forward + backward beyond parameters, x and dy.",
+                _html(*table(layers, peak)),
+            )
+        )
+    if _operations(result):
+        sections.append(
+            markup.section(
+                "Operations",
+                "Device time of one call, and its share of the frozen layer's forward + backward.",
+                _html(*table(_operations(result), operation)),
+            )
+        )
+    reasons = _reasons(list(result.cases.values()))
+    if reasons:
+        body = "".join(f'<p class="small">{escape(line)}</p>' for line in reasons)
+        sections.append(markup.section("What has no figure", "Each contender that was not timed, and why.", body))
+    dropped = "".join(f"<li>{escape(name)}</li>" for name in gpu["dropped"]) or "<li>nothing</li>"
+    sections.append(markup.section("Steps", "None depends on another's success.", _steps(gpu)))
+    sections.append(
+        markup.section(
+            "How it was measured",
+            "Each round runs every contender once, in an order in which each follows each other equally often. A "
+            "waiting kernel holds the device while the host enqueues a whole step, so that CUDA events see the "
+            "device's time without gaps. Before it is timed a contender's output and gradients are compared with a "
+            "float64 computation that shares no formula with it; one that fails is not timed.",
+            f'<p class="small soft">{escape(_setting(result))}</p>'
+            f'<p class="small soft">Order: {escape(gpu["order"] or "nothing was timed")}. Dropped for want of time:</p>'
+            f'<ul class="small soft">{dropped}</ul>',
+        )
+    )
+    lead = escape(str(gpu["card"].get("name") or "no GPU")) + (f". <b>{DRY}</b>" if gpu["dry_run"] else "")
+    return markup.document("Householder reflection adapters on a GPU", lead, "".join(sections))
+
+
+def _setting(result: Result) -> str:
+    listed = ", ".join(f"{name} {version}" for name, version in result.gpu["versions"].items() if version)
+    return f"{listed}; commit {result.commit}; {result.date}: {result.name}"

@@ -1,0 +1,231 @@
+"""`make gpu` without a GPU: every step up to the launch, and the promise that none takes another one along."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from devices import missing
+
+from bench.arms import NotAvailable
+from bench.cases import Case
+from bench.gpu import __main__ as gpu
+from bench.gpu import child, contenders, page, plan, stand_in, steps, timing
+from bench.gpu.device import Cuda, StandIn
+from bench.result import Result
+
+ROOT = Path(__file__).parents[2]
+SMALL = Case("linear", 64, 48, 24, 6, "fp32")
+
+
+@pytest.fixture
+def run(tmp_path):
+    return steps.Run(dry=True, folder=tmp_path, stop=time.time() + 100)
+
+
+def test_a_dry_run_goes_through_every_step_and_says_what_would_run(tmp_path, capfd):
+    out = tmp_path / "card.json"
+    assert gpu.main(["--dry-run", "--cases", "1", "--out", str(out)]) == 0
+    printed = capfd.readouterr().out
+    data = json.loads(out.read_text())["gpu"]
+    by_name = {step["name"]: step for step in data["steps"]}
+    assert list(by_name) == list(steps.STEPS)
+    assert not [name for name, step in by_name.items() if step["ok"] is False]
+    assert "setup.py build_ext --inplace" in printed and "triton or cuda" in printed and "racecheck" in printed
+
+    planned = plan.cases(child.timed_operations())
+    assert data["dropped"] == [case.id for case in planned[1:]]
+    for backend, kind in (("triton", "_kernel"), ("cuda", "")):
+        if backend not in stand_in.missing() and not missing(backend):
+            assert any(name.endswith(kind) for name in by_name["timing"]["launched"])
+
+    result = Result.load(out)
+    (case,) = result.cases.values()
+    assert {"frozen", "peft", "compiled", "torch", "reference-fast", "reference-exact"} <= set(case.arms)
+    assert case.why_missing("lycoris") == "LyCORIS has no HRA"
+    assert page.DRY in page.render(result)
+    assert page.DRY in page.text(result)
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_every_layer_of_a_backend_is_prepared_up_to_its_launches(backend):
+    absent = stand_in.missing().get(backend) or missing(backend)
+    if absent:
+        pytest.skip(f"backend {backend}: {absent}")
+    device = StandIn()
+    with device.backends() as launched:
+        measured = timing.measure_case(plan.shrunk(plan.HEAD), device, 0.01)
+    assert {f"{backend}-fast", f"{backend}-exact"} <= set(measured.samples)
+    for precision in ("fast", "exact"):
+        assert backend in measured.info[f"{backend}-{precision}"]["served"].values()
+        assert "error" not in measured.info[f"{backend}-{precision}"]
+    assert launched
+
+
+def test_the_plan_names_each_case_once_and_starts_with_the_goal():
+    planned = plan.cases(["rotate", "wy_factor"])
+    assert planned[0] == plan.HEAD
+    assert len({case.id for case in planned}) == len(planned)
+    assert {(c.width_in, c.r, c.dtype) for c in planned if c.kind == "linear"} == {
+        (width, r, dtype) for width in (2048, 4096, 8192) for r in (8, 32, 128) for dtype in plan.DTYPES
+    }
+
+
+def test_every_operation_of_the_timed_families_has_arguments():
+    problem = timing.make_problem(SMALL)
+    from peftkern import dispatch
+
+    for name in child.timed_operations():
+        operation = dispatch.operations()[name]
+        operation.check(*contenders.arguments(operation, problem))
+
+
+def test_a_step_that_breaks_takes_no_other_along(run, monkeypatch, capsys):
+    def breaks(run):
+        raise OSError("no such thing")
+
+    monkeypatch.setattr(steps, "STEPS", {"environment": breaks, "peaks": breaks, "timing": lambda run: steps.Step("t")})
+    done = gpu.run_steps(run, [])
+    assert list(done) == ["environment", "peaks", "timing"]
+    assert done["peaks"].ok is False and done["peaks"].said == ["the step itself broke: OSError: no such thing"]
+    assert "no such thing" in capsys.readouterr().out
+
+
+def test_a_process_ends_at_its_time_with_what_it_printed_and_its_children():
+    sleeps = "import subprocess, sys; print('begun', flush=True); p = subprocess.Popen(['sleep', '60']); "
+    start = time.time()
+    status, text = steps.process([sys.executable, "-c", sleeps + "print(p.pid, flush=True); p.wait()"], 3)
+    assert status is None and time.time() - start < 20
+    begun, pid = text.split()
+    assert begun == "begun"
+    stat = Path(f"/proc/{pid}/stat")
+    # Gone, or a zombie that nobody has collected yet.
+    assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_a_contender_that_kills_the_process_is_named_and_the_rest_goes_on(run, monkeypatch):
+    planned = plan.cases(child.timed_operations())
+    statuses = iter([-11, 0])
+    commands = []
+
+    def process(command, seconds, **environ):
+        commands.append(command)
+        out = run.folder / "timing.jsonl"
+        if len(commands) == 1:
+            child.append(out, done=planned[0].id)
+            child.append(out, start=[planned[1].id, "cuda"])
+        else:
+            for case in planned[1:]:
+                child.append(out, done=case.id)
+        return next(statuses), "somebody crashed\n"
+
+    monkeypatch.setattr(steps, "process", process)
+    run.dry = False
+    step = steps.timing(run)
+    assert len(commands) == 2
+    assert step.data["ended"] == {planned[1].id: {"cuda": "ended the process with signal SIGSEGV: somebody crashed"}}
+    assert step.data["dropped"] == [] and step.ok is False
+
+
+def test_what_ended_a_process_is_left_out_of_the_next_one(tmp_path, monkeypatch):
+    out = tmp_path / "timing.jsonl"
+    first = plan.cases(child.timed_operations())[0]
+    child.append(out, ended=[first.id, "peft", "it crashed"])
+    assert child.time_cases(StandIn(), out, time.time() + 60, 1, 0.01) == 0
+    rows = {line["row"]["extra_info"]["arm"]: line["row"]["extra_info"] for line in child.lines(out) if "row" in line}
+    assert "peft" not in rows
+    assert rows["frozen"]["refused"]["peft"] == "it crashed"
+
+
+def test_no_case_starts_after_the_deadline(tmp_path):
+    out = tmp_path / "timing.jsonl"
+    assert child.time_cases(StandIn(), out, time.time() - 1, None, 0.01) == 0
+    assert child.lines(out) == []
+
+
+def test_contenders_that_fail_are_refused_with_a_sentence_and_the_others_are_timed(monkeypatch):
+    build = contenders.build
+
+    def failing(name, problem, device):
+        if name == "peft":
+            raise ValueError("a bug\nin two lines")
+        if name == "reference-exact":
+            raise device.OutOfMemory("40 GiB wanted")
+        if name == "compiled":
+            time.sleep(30)
+        if name in ("triton-fast", "triton-exact", "cuda-fast", "cuda-exact"):
+            raise NotAvailable("not in this test")
+        contender = build(name, problem, device)
+        if name == "torch":
+            forward = contender.arm.forward
+            contender.arm.forward = lambda x: forward(x) * 1.01
+        return contender
+
+    monkeypatch.setattr(contenders, "build", failing)
+    measured = timing.measure_case(SMALL, StandIn(), 0.01, first_run=3.0)
+    assert set(measured.samples) == {"frozen", "reference-fast"}
+    assert measured.refused["peft"] == "ValueError: a bug"
+    assert measured.refused["reference-exact"] == "out of memory: OutOfMemory: 40 GiB wanted"
+    assert "its first run took more than 3 s" in measured.refused["compiled"]
+    assert "so it was not timed" in measured.refused["torch"]
+    rows = timing.as_rows(measured)
+    (frozen,) = [row["extra_info"] for row in rows if row["extra_info"]["arm"] == "frozen"]
+    assert frozen["refused"] == measured.refused and frozen["not_available"] == measured.absent
+
+
+def test_a_device_that_is_lost_is_not_used_again():
+    class Losing(StandIn):
+        def alive(self):
+            return False
+
+        def peak_bytes(self, call):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(timing.DeviceLost, match="illegal memory access") as lost:
+        timing.measure_case(SMALL, Losing(), 0.01)
+    assert lost.value.contender == "frozen"
+
+
+def test_stages_are_timed_by_events_behind_a_waiting_kernel(monkeypatch):
+    calls = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            calls.append("mark")
+            self.at = len(calls)
+
+        def elapsed_time(self, other):
+            return 1000.0 * (other.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("wait"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: calls.append("hold"))
+    device = Cuda.__new__(Cuda)
+    device._cycles_per_second = 1e9
+    seconds, host = device.seconds([lambda: calls.append("forward"), lambda: calls.append("backward")], hold=1e-3)
+    assert calls == ["wait", "hold", "mark", "forward", "mark", "backward", "mark", "wait"]
+    assert seconds == [2.0, 2.0] and host >= 0
+
+
+def test_outcomes_survive_and_are_not_repeated(tmp_path):
+    (tmp_path / "test_three.py").write_text(
+        "import pytest\ndef test_good(): pass\ndef test_bad(): assert 1 == 2, 'why'\n"
+        "@pytest.mark.skip(reason='not now')\ndef test_skipped(): pass\n"
+    )
+    out = tmp_path / "out.jsonl"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "bench.gpu.outcomes", "-p", "no:cacheprovider"]
+    command += ["--rootdir", str(tmp_path), "--outcomes", str(out), str(tmp_path / "test_three.py")]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 1
+    found = {line["test"].rpartition("::")[2]: line for line in child.lines(out)}
+    assert {name: line["outcome"] for name, line in found.items()} == {
+        "test_good": "passed", "test_bad": "failed", "test_skipped": "skipped"
+    }  # fmt: skip
+    assert "why" in found["test_bad"]["said"] and "not now" in found["test_skipped"]["said"]
+    again = subprocess.run([*command, "--not-again", str(out)], cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 5 and "3 deselected" in again.stdout
