@@ -3,9 +3,11 @@
 // released. Shapes and formulas: cpu/householder.h. The caller has checked shapes and dtypes and allocated the outputs.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
 #include <stdexcept>
+#include <vector>
 
 #include "cpu/dispatch.h"
 
@@ -116,6 +118,76 @@ static void bind_exact_backward(py::module_& m) {
   });
 }
 
+// block_rotation and butterfly; shapes and formulas: cpu/blocks.h.
+
+static Blocks blocks(Pointer R, int dtype, int64_t K, int f, int64_t stored, int b) {
+  if (b < 1 || b > kMaxBlock || f < 1 || f > 48 || K % (int64_t(b) << (f - 1)) || (stored != K / b && stored != 1))
+    throw std::invalid_argument("R must be [f, K/b or 1, b, b] with b <= 256 and K a multiple of b 2^(f-1)");
+  return {raw(R), Dtype(dtype), K, f, stored, b};
+}
+
+static const BlockKernels& block_kernels(int level) {
+  kernels(level);
+  return block_kernels_of(Level(level));
+}
+
+static SmallBatch small_batch(Pointer data, int dtype, int64_t S, int b, bool packed) {
+  if (b < 1 || b > kMaxBlock) throw std::invalid_argument("blocks must have 1 to 256 columns");
+  return {raw(data), Dtype(dtype), S, b, packed};
+}
+
+#define R_ARGS Pointer R, int R_dtype, int64_t K, int f, int64_t stored, int b
+#define R_VALUE blocks(R, R_dtype, K, f, stored, b)
+
+static void bind_blocks(py::module_& m) {
+  m.attr("MAX_BLOCK") = int(kMaxBlock);
+  m.def("rotate_blocks", [](int level, int threads, Pointer x, int x_dtype, int64_t M, int64_t x_stride, R_ARGS,
+                            bool transpose, int terms, Pointer z, int z_dtype) {
+    if (terms < 1 || terms > 3) throw std::invalid_argument("terms must be 1, 2 or 3");
+    py::gil_scoped_release unlocked;
+    block_kernels(level).rotate(rows(x, x_dtype, x_stride), M, R_VALUE, transpose, terms, rows(z, z_dtype, terms * K),
+                                threads);
+  });
+  m.def("rotate_blocks_backward", [](int level, int threads, Pointer dz, int64_t dz_stride, Pointer x, int dtype,
+                                     int64_t M, int64_t x_stride, R_ARGS, bool transpose, Pointer dx, Pointer dR) {
+    py::gil_scoped_release unlocked;
+    block_kernels(level).rotate_backward(rows(dz, dtype, dz_stride), rows(x, dtype, x_stride), M, R_VALUE, transpose,
+                                         raw(dx), raw(dR), threads);
+  });
+  m.def("skew_polynomial", [](int level, int threads, Pointer q, int dtype, int64_t S, int b,
+                              const std::vector<double>& c, Pointer R) {
+    py::gil_scoped_release unlocked;
+    block_kernels(level).polynomial(small_batch(q, dtype, S, b, true), c.data(), int(c.size()), raw(R), threads);
+  });
+  m.def("skew_polynomial_backward", [](int level, int threads, Pointer dR, Pointer q, int dtype, int64_t S, int b,
+                                       const std::vector<double>& c, Pointer dq) {
+    py::gil_scoped_release unlocked;
+    block_kernels(level).polynomial_backward(raw(dR), small_batch(q, dtype, S, b, true), c.data(), int(c.size()),
+                                             raw(dq), threads);
+  });
+  m.def("cayley", [](int level, int threads, Pointer a, int dtype, int64_t S, int b, bool packed, Pointer R) {
+    py::gil_scoped_release unlocked;
+    block_kernels(level).cayley(small_batch(a, dtype, S, b, packed), raw(R), threads);
+  });
+  m.def("cayley_backward", [](int level, int threads, Pointer dR, Pointer R, int dtype, int64_t S, int b, bool packed,
+                              Pointer out) {
+    py::gil_scoped_release unlocked;
+    block_kernels(level).cayley_backward(raw(dR), small_batch(R, dtype, S, b, false), packed, raw(out), threads);
+  });
+  m.def("scale_outputs", [](int level, int threads, Pointer y, int dtype, int64_t M, int64_t y_stride, int64_t N,
+                            Pointer s, Pointer bias, Pointer out) {
+    py::gil_scoped_release unlocked;
+    block_kernels(level).scale(rows(y, dtype, y_stride), M, N, raw(s), raw(bias), raw(out), threads);
+  });
+  m.def("scale_outputs_backward", [](int level, int threads, Pointer dy, int64_t dy_stride, Pointer y, int dtype,
+                                     int64_t M, int64_t y_stride, int64_t N, Pointer s, Pointer bias, Pointer dy0,
+                                     Pointer ds) {
+    py::gil_scoped_release unlocked;
+    block_kernels(level).scale_backward(rows(dy, dtype, dy_stride), rows(y, dtype, y_stride), M, N, raw(s), raw(bias),
+                                        raw(dy0), raw(ds), threads);
+  });
+}
+
 PYBIND11_MODULE(_native_cpu, m) {
   m.attr("MAX_RANK") = int(kMaxRank);
   m.def("best_level", [] { return int(best_level()); }, "Highest level of instruction set that this processor has.");
@@ -132,4 +204,5 @@ PYBIND11_MODULE(_native_cpu, m) {
   bind_rotate(m);
   bind_exact(m);
   bind_exact_backward(m);
+  bind_blocks(m);
 }

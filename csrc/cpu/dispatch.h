@@ -5,6 +5,7 @@
 
 #include <vector>
 
+#include "blocks.h"
 #include "householder.h"
 
 namespace peftkern {
@@ -20,5 +21,6 @@ std::vector<Feature> processor_features();
 Level best_level();
 // Entry points of a level; the caller has checked level <= best_level().
 const Kernels& kernels_of(Level level);
+const BlockKernels& block_kernels_of(Level level);
 
 }  // namespace peftkern

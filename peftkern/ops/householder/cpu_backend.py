@@ -4,25 +4,22 @@ Half-precision activations are read in place, accumulated in float32 and rounded
 the products with T) is float64. Two calls give the same bits, whatever the number of threads.
 """
 
-import threading
-
 import torch
 import torch.nn.functional as F
 
 from peftkern import _native
+from peftkern.ops._rows import CODES as _CODES
+from peftkern.ops._rows import HALF as _HALF
+from peftkern.ops._rows import like_rows as _like_rows
+from peftkern.ops._rows import rows as _rows
+from peftkern.ops._rows import weight_scratch as _weight_scratch
 
 _library, _level, _reason = _native.cpu()
 
-_CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-_HALF = (torch.bfloat16, torch.float16)
 # Up to here a product of float32 rows with W in place beats copying W for the library's; less without vectors.
 _FEW_ROWS = 12 if _level else 4
 
-# Scratch for [W | -W V'] that a thread keeps: fresh pages for every call would cost more than filling them.
-_KEPT_BYTES = 64 * 2**20
-_kept = threading.local()
-
-_empty_like, _threads = torch.empty_like, torch.get_num_threads
+_threads = torch.get_num_threads
 
 
 def available():
@@ -55,37 +52,9 @@ _rank_of = {
 }
 
 
-def _rows(x, K):
-    """x [..., K] as rows of unit inner stride, and the stride between them; copies only where there is no such view."""
-    if x.is_contiguous():
-        return x, K
-    try:
-        rows = x.view(-1, K)
-    except RuntimeError:
-        return x.contiguous(), K
-    stride_row, stride_col = rows.stride()
-    return (rows, stride_row) if stride_col == 1 else (rows.contiguous(), K)
-
-
 def _factor(V):
     """The facts of V [K, r] that every kernel takes: pointer, dtype, K, r and both strides."""
     return V.data_ptr(), _CODES[V.dtype], *V.shape, *V.stride()
-
-
-def _like_rows(x):
-    """An empty contiguous tensor like x; empty_like alone is the quickest but copies other strides."""
-    return _empty_like(x) if x.is_contiguous() else x.new_empty(x.shape)
-
-
-def _weight_scratch(rows, width, dtype):
-    """[rows, width] of this thread's scratch; valid until its next call."""
-    count = rows * width
-    if count * 2 > _KEPT_BYTES:
-        return torch.empty(rows, width, dtype=dtype)
-    kept = getattr(_kept, "buffer", None)
-    if kept is None or kept.numel() < count:
-        kept = _kept.buffer = torch.empty(count, dtype=torch.int16)
-    return kept[:count].view(dtype).view(rows, width)
 
 
 def wy_factor(V):

@@ -1,0 +1,139 @@
+"""CPU backend of the `butterfly` operations: C++ kernels (csrc/cpu/block*), chosen by what the processor has.
+
+All stages in one pass: a tile of activations is read once, goes through the stages in float32 in cache, is rounded
+once and written once. Two calls give the same bits, whatever the number of threads.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from peftkern import _native
+from peftkern.ops._rows import CODES, HALF, like_rows, rows, weight_scratch
+from peftkern.ops.block_rotation import cpu_backend as blocks
+
+_library, _level, _ = _native.cpu()
+_threads = torch.get_num_threads
+
+available = blocks.available
+
+
+def supports(name, *args):
+    """`(ok, reason)` for one kind of call; b is bounded by the kernels' scratch."""
+    ok, reason = available()
+    if not ok:
+        return False, reason
+    if any(t.device.type != "cpu" for t in args if isinstance(t, torch.Tensor)):
+        return False, "serves CPU tensors only"
+    b = _block_of[name](*args)
+    if b > _library.MAX_BLOCK:
+        return False, f"serves blocks of up to {_library.MAX_BLOCK}; this call has {b}"
+    return True, None
+
+
+_block_of = {
+    "dense_cayley": lambda B: B.shape[-1],
+    "dense_cayley_backward": lambda dR, R: R.shape[-1],
+    "butterfly_rotate": lambda x, R, transpose: R.shape[-1],
+    "butterfly_rotate_backward": lambda dz, x, R, *_: R.shape[-1],
+    "scale_outputs": lambda *_: 1,
+    "scale_outputs_backward": lambda *_: 1,
+    "butterfly_rotated_linear": lambda x, weight, bias, scale, R: R.shape[-1],
+    "butterfly_rotated_linear_backward": lambda dy, x, weight, scale, p, R, output_mask: R.shape[-1],
+}
+
+
+def dense_cayley(B):
+    B, (f, n, b, _) = B.contiguous(), B.shape
+    R = torch.empty_like(B)
+    _library.cayley(_level, _threads(), B.data_ptr(), CODES[B.dtype], f * n, b, False, R.data_ptr())
+    return R
+
+
+def dense_cayley_backward(dR, R):
+    dR, R, (f, n, b, _) = dR.contiguous(), R.contiguous(), R.shape
+    dB = torch.empty_like(R)
+    # fmt: off
+    _library.cayley_backward(_level, _threads(), dR.data_ptr(), R.data_ptr(), CODES[R.dtype], f * n, b, False,
+                             dB.data_ptr())
+    # fmt: on
+    return dB
+
+
+def butterfly_rotate(x, R, transpose):
+    return blocks.rotate_to(x, R, transpose, 1, like_rows(x))
+
+
+def butterfly_rotate_backward(dz, x, R, transpose, output_mask):
+    return blocks.rotate_backward(dz, x, R, transpose, output_mask)
+
+
+def _pointer(tensor):
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def scale_outputs(y, scale, bias):
+    N, scale = len(scale), scale.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    y_rows, stride = rows(y, N)
+    out = like_rows(y)
+    # fmt: off
+    _library.scale_outputs(_level, _threads(), y_rows.data_ptr(), CODES[y.dtype], y.numel() // N, stride, N,
+                           scale.data_ptr(), _pointer(bias), out.data_ptr())
+    # fmt: on
+    return out
+
+
+def scale_outputs_backward(dy, y, scale, bias, output_mask):
+    (want_dy, want_scale), N, scale = output_mask, len(scale), scale.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    y_rows, stride = rows(y, N)
+    dy_rows, dy_stride = rows(dy, N)
+    dy0 = like_rows(y) if want_dy else y.new_empty(0)
+    dscale = torch.empty_like(scale) if want_scale else scale.new_empty(0)
+    if want_dy or want_scale:
+        # fmt: off
+        _library.scale_outputs_backward(_level, _threads(), dy_rows.data_ptr(), dy_stride, y_rows.data_ptr(),
+                                        CODES[y.dtype], y.numel() // N, stride, N, scale.data_ptr(), _pointer(bias),
+                                        dy0.data_ptr(), dscale.data_ptr())
+        # fmt: on
+    return dy0, dscale
+
+
+def butterfly_rotated_linear(x, weight, bias, scale, R):
+    if scale is None:
+        return blocks.linear_of_terms(x, weight, bias, R), weight.new_empty(0)
+    N, K = weight.shape
+    if weight.dtype not in HALF:
+        p = F.linear(blocks.rotate_to(x, R, False, 1, x.new_empty(x.shape)), weight)
+        y = scale_outputs(p, scale, None)
+        return y if bias is None else y.add_(bias), p
+    # The scale goes into W, as two terms: [high | low | high] of x R against [W' | W' | rest of s W].
+    z = blocks.rotate_to(x, R, False, 3, weight.new_empty(x.numel() // K, 3 * K))
+    scaled = weight_scratch(N, 3 * K, weight.dtype)
+    product = weight.to(scale.dtype) * scale[:, None]
+    high = scaled[:, :K].copy_(product)
+    scaled[:, K : 2 * K] = high
+    scaled[:, 2 * K :] = product.sub_(high)
+    y = F.linear(z, scaled, bias).view(*x.shape[:-1], N)
+    return y, _product_of(y, bias, scale, z[:, :K], weight)
+
+
+def _product_of(y, bias, scale, z, weight):
+    """p = (y - b) / s; where s is zero, the product itself."""
+    p = ((y if bias is None else y.to(scale.dtype) - bias) / scale).to(y.dtype)
+    zero = (scale == 0).nonzero().flatten()
+    if len(zero):
+        p[..., zero] = F.linear(z, weight[zero]).view(*y.shape[:-1], len(zero))
+    return p
+
+
+def butterfly_rotated_linear_backward(dy, x, weight, scale, p, R, output_mask):
+    want_dx, want_scale, want_dR = output_mask
+    dscale = R.new_empty(0)
+    if scale is not None:
+        mask = want_dx or want_dR, want_scale
+        dy, dscale = scale_outputs_backward(dy, p if want_scale else dy, scale, None, mask)
+    if not want_dx and not want_dR:
+        return x.new_empty(0), dscale, R.new_empty(0)
+    dx, dR = blocks.rotate_backward(dy.matmul(weight).to(x.dtype), x, R, False, (want_dx, want_dR))
+    return dx, dscale, dR
