@@ -6,8 +6,9 @@ from html import escape
 
 from bench import markup, plots
 from bench.arms import LABELS
+from bench.gpu import predictions
 from bench.measure import GAIN_SIZES
-from bench.result import TARGETS, CaseResult, Entry, Result, duration, megabytes, ratio
+from bench.result import RESULTS, TARGETS, CaseResult, Entry, Result, duration, megabytes, ratio
 
 
 def _mark(met: bool, text: str, note: str) -> str:
@@ -270,6 +271,7 @@ def render(result: Result) -> str:
     ):
         if result.of_kind(kind):
             sections.append(markup.section(title, text, plots.overhead(result.of_kind(kind), title)))
+    sections.append(predictions.section(RESULTS))
     tables = "".join(
         f"<details class='dense'><summary>{title}</summary>{_everything(result, (kind,))}</details>"
         for kind, title in (

@@ -13,10 +13,9 @@ import sys
 from pathlib import Path
 
 from bench import environment, readme
-from bench.result import Result
+from bench.result import RESULTS, Result
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "bench" / "results"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+RESULTS = Path(__file__).parent / "results"
 TARGETS = json.loads((Path(__file__).parent / "targets.json").read_text())
 
 

@@ -7,7 +7,7 @@ from html import escape
 
 from bench import markup
 from bench.arms import label
-from bench.gpu import contenders
+from bench.gpu import contenders, predictions
 from bench.result import CaseResult, Result, duration, megabytes, ratio
 
 LAYERS = ("linear", "gram_schmidt")
@@ -165,6 +165,11 @@ def render(result: Result) -> str:
                 _html(*table(_operations(result), operation)),
             )
         )
+    beside = [predictions.beside_layers(result), predictions.beside_operations(result)]
+    if any(rows for _, rows in beside):
+        tables = "".join(_html(head, rows) for head, rows in beside if rows)
+        said = f"<b>{predictions.LABEL}</b> What a layer adds to its frozen layer, and operations in microseconds."
+        sections.append(markup.section("Predicted beforehand, and measured", said, tables))
     reasons = _reasons(list(result.cases.values()))
     if reasons:
         body = "".join(f'<p class="small">{escape(line)}</p>' for line in reasons)

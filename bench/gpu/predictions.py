@@ -1,0 +1,133 @@
+"""Predictions of bench/model.py for the pages, beside what a GPU measured where there is a result file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from html import escape
+from pathlib import Path
+
+from bench import cards, markup, model
+from bench.cases import Case
+from bench.model import LayerPrediction, NoCosts
+from bench.result import CaseResult, Result
+
+LABEL = "Predictions of a model, not measurements."
+
+
+def measured_results(folder: Path) -> list[Result]:
+    """Results of real GPUs in a folder."""
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        data = json.loads(path.read_text())
+        if "gpu" in data and not data["gpu"]["dry_run"] and data["benchmarks"]:
+            found.append(Result.load(path))
+    return found
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def _case(case: CaseResult) -> Case:
+    return Case(**{field.name: case.case[field.name] for field in fields(Case)})
+
+
+def rates_of(result: Result) -> tuple[cards.Card, list[cards.Rates]] | None:
+    """The card of a result and the rates to predict with, measured ones last; None for a card without rates."""
+    try:
+        card = cards.card(str(result.gpu["card"].get("name")))
+    except ValueError:
+        return None
+    rates = [card.peak, cards.typical(card)]
+    if "flops_per_second" in result.gpu["peaks"]:
+        rates.append(cards.measured(card, result.gpu["peaks"]))
+    return card, rates
+
+
+def beside_layers(result: Result) -> tuple[list[str], list[list[str]]]:
+    """(head, rows): what each layer added, measured and predicted."""
+    found = rates_of(result)
+    if found is None:
+        return [], []
+    card, rates = found
+    head = ["layer", "backend", "precision", "measured", *(f"predicted at {r.name}" for r in rates), "limit"]
+    rows = []
+    for case in result.of_kind("linear", "gram_schmidt"):
+        for arm, entry in case.arms.items():
+            backend, _, precision = arm.partition("-")
+            if backend not in model.BACKENDS:
+                continue
+            try:
+                said = [model.predict_layer(_case(case), backend, precision, card, r) for r in rates]
+            except NoCosts:
+                continue
+            kind = "Gram-Schmidt, " if case.case["kind"] == "gram_schmidt" else ""
+            cells = [kind + case.case["title"], backend, precision, _percent(entry.overhead - 1)]
+            rows.append([*cells, *(_percent(p.added) for p in said), said[-1].limit])
+    return head, rows
+
+
+def beside_operations(result: Result) -> tuple[list[str], list[list[str]]]:
+    """(head, rows): microseconds of each operation, measured and predicted."""
+    found = rates_of(result)
+    if found is None:
+        return [], []
+    card, rates = found
+    head = ["operation", "backend", "measured µs", *(f"predicted at {r.name}" for r in rates), "limit"]
+    rows = []
+    for case in result.cases.values():
+        name = case.case["kind"].removeprefix("op:")
+        if name == case.case["kind"]:
+            continue
+        for backend in model.BACKENDS:
+            if backend not in case.arms:
+                continue
+            try:
+                launches = model.launches_of(name, backend, _case(case), card.family)
+            except NoCosts:
+                continue
+            said = [model.predict(launches, card, r) for r in rates]
+            cells = [f"{name}, {case.case['title']}", backend, f"{1e6 * case.arms[backend].stats['median']:.1f}"]
+            rows.append([*cells, *(f"{1e6 * p.seconds:.1f}" for p in said), said[-1].limit])
+    return head, rows
+
+
+def _html(head: list[str], rows: list[list[str]]) -> str:
+    return markup.table([escape(cell) for cell in head], [markup.row([escape(cell) for cell in row]) for row in rows])
+
+
+def _predicted(card: cards.Card, cases: list[Case]) -> str:
+    usual: dict[tuple, LayerPrediction] = {
+        (p.case, p.backend, p.precision): p for p in model.layers(card, cards.typical(card), cases)
+    }
+    rows = []
+    for peak in model.layers(card, card.peak, cases):
+        case, typical = peak.case, usual[(peak.case, peak.backend, peak.precision)]
+        kind = "Gram-Schmidt, " if case.kind == "gram_schmidt" else ""
+        cells = [f"{kind}{case.title}", peak.backend, peak.precision, f"{1e6 * peak.floor.seconds:.0f}"]
+        rows.append([*cells, _percent(peak.added), peak.limit, _percent(typical.added), typical.limit])
+    head = ["layer", "backend", "precision", "frozen, µs", "adds, at peaks", "limit", "adds, typically", "limit"]
+    return _html(head, rows)
+
+
+def section(results: Path) -> str:
+    """The section of the page: predictions for every card, and what was measured beside them; empty without costs."""
+    if not model.layers(cards.card("H100"), cards.card("H100").peak, [model.GOAL_CASE]):
+        return ""
+    body = "".join(f'<p class="small">{escape(line.strip())}</p>' for line in model.goal())
+    for result in measured_results(results):
+        head, rows = beside_layers(result)
+        if rows:
+            body += f"<h3>Measured: {escape(result.gpu['card']['name'])}</h3>" + _html(head, rows)
+    for card in cards.CARDS.values():
+        body += (
+            f"<details class='dense'><summary>Predicted: {escape(card.name)}</summary>"
+            f"<p class='small soft'>{escape(card.source)}</p>{_predicted(card, model.CASES)}</details>"
+        )
+    body += "".join(f'<p class="small soft">{escape(line)}</p>' for line in cards.ASSUMPTIONS)
+    text = (
+        f"<b>{LABEL}</b> What an adapter adds to its frozen layer, forward + backward, from the bytes, flops and "
+        "launches that the kernels state and tests count, and a card's rates."
+    )
+    return markup.section("On GPUs, predicted", text, body)

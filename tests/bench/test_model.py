@@ -1,0 +1,210 @@
+"""The model of the GPU: the roofline on cases computed by hand, and sense in what it says of the real kernels."""
+
+import json
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench import cards, model
+from bench.cases import Case
+from bench.gpu import page, predictions, timing
+from bench.gpu import plan as gpu_plan
+from bench.gpu.device import StandIn
+from bench.model import NoCosts, Prediction
+from bench.result import Result
+from peftkern import dispatch
+from peftkern.ops._costs import FLOP_KINDS, Launch
+
+H100 = cards.card("H100")
+ONE_SECOND = cards.Rates("one", dict.fromkeys(FLOP_KINDS, 1.0), hbm=1.0, l2=2.0, launch=0.5)
+FOUR = replace(H100, multiprocessors=4)
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("launch", "seconds", "limit"),
+    [
+        (Launch("k", read=3, written=1, unique=4), 4, "HBM"),
+        (Launch("k", read=30, written=10, unique=4), 20, "L2"),
+        (Launch("k", read=3, written=1, unique=4, flops={"tensor_bf16": 9, "fp64": 8}), 9, "tensor bf16"),
+        (Launch("k", read=3, written=1, unique=4, flops={"tensor_bf16": 9, "fp64": 12}), 12, "fp64"),
+        # One block has a quarter of the arithmetic and of L2's bandwidth of four multiprocessors, and all of HBM's.
+        (Launch("k", read=3, written=1, unique=4, flops={"fp64": 1}, blocks=1), 8, "L2"),
+        (Launch("k", read=1, written=0, unique=1, flops={"fp64": 2}, blocks=1), 8, "fp64"),
+        (Launch("k", read=1, written=0, unique=1, flops={"fp64": 2}, blocks=400), 2, "fp64"),
+    ],
+)
+def test_a_launch_takes_the_longest_of_its_times(launch, seconds, limit):
+    assert model.time_of(launch, FOUR, ONE_SECOND) == (seconds, limit)
+
+
+def test_launches_add_up_with_a_gap_before_each_and_the_limit_is_the_largest_part():
+    launches = [Launch("a", 3, 1, 4), Launch("b", 0, 0, 0, {"fp32": 3}), Launch("c", 0, 0, 0, {"fp32": 2})]
+    found = model.predict(launches, FOUR, ONE_SECOND)
+    assert found == Prediction(10.5, {"HBM": 4.0, "launch": 1.5, "fp32": 5.0})
+    assert found.limit == "fp32"
+    assert model.predict([], FOUR, ONE_SECOND).limit == "nothing"
+
+
+def test_own_products_are_derated_and_the_librarys_are_not():
+    slower = replace(ONE_SECOND, own=0.5)
+    flops = {"tensor_bf16": 8}
+    assert model.time_of(Launch("k", 0, 0, 0, flops), FOUR, slower)[0] == 16
+    assert model.time_of(Launch(model.LIBRARY + "k", 0, 0, 0, flops), FOUR, slower)[0] == 8
+    assert model.time_of(Launch("k", 0, 0, 0, {"fp64": 8}), FOUR, slower)[0] == 8
+
+
+def test_the_floor_of_the_goal_is_what_the_data_sheet_gives():
+    floor = model.predict(model.frozen(model.GOAL_CASE), H100, H100.peak)
+    assert floor.seconds == pytest.approx(2 * (2 * 8192 * 4096 * 4096 / 989.4e12 + 1e-6))
+    assert floor.limit == "tensor bf16"
+    in_fp32 = model.predict(model.frozen(replace(model.GOAL_CASE, dtype="fp32")), H100, H100.peak)
+    assert in_fp32.limit == "fp32"
+
+
+def test_unknown_cards_are_refused_with_a_sentence(capsys):
+    with pytest.raises(ValueError, match="no rates are known for a card 'Voodoo 2'; the cards are A100"):
+        cards.card("Voodoo 2")
+    assert model.main(["--card", "Voodoo 2"]) == 1
+    assert "no rates are known" in capsys.readouterr().err
+    assert cards.card("NVIDIA H100 80GB HBM3") is H100
+
+
+def test_rates_that_are_reached_are_below_the_peaks():
+    for card in cards.CARDS.values():
+        usual = cards.typical(card)
+        assert set(card.peak.flops) == set(usual.flops) == set(FLOP_KINDS)
+        assert all(0 < usual.flops[kind] < rate for kind, rate in card.peak.flops.items())
+        assert usual.hbm < card.peak.hbm and usual.l2 < card.peak.l2 and usual.launch > card.peak.launch
+
+
+def test_flops_of_an_unknown_kind_are_refused():
+    with pytest.raises(ValueError, match="tensor_int3"):
+        Launch("k", 0, 0, 0, {"tensor_int3": 1})
+
+
+# ---- what the kernels state
+
+
+def stated():
+    """(operation, backend) whose costs are stated."""
+    found = []
+    for name in dispatch.operations():
+        for backend in model.BACKENDS:
+            try:
+                model.launches_of(name, backend, model.GOAL_CASE, "sm90")
+            except NoCosts:
+                continue
+            found.append((name, backend))
+    return found
+
+
+STATED = stated()
+every_cost = pytest.mark.parametrize(("op", "backend"), STATED or [pytest.param(None, None, marks=pytest.mark.skip)])
+families = pytest.mark.parametrize("family", sorted({card.family for card in cards.CARDS.values()}))
+
+
+@every_cost
+@families
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_costs_are_of_launches_that_could_be(op, backend, family, dtype):
+    launches = model.launches_of(op, backend, replace(model.GOAL_CASE, dtype=dtype), family)
+    assert launches
+    for launch in launches:
+        assert isinstance(launch, Launch) and launch.kernel
+        assert launch.unique > 0
+        # Each distinct byte is requested at least once.
+        assert launch.read + launch.written >= launch.unique
+        assert all(isinstance(n, int) and n >= 0 for n in (launch.read, launch.written, *launch.flops.values()))
+        assert launch.blocks is None or launch.blocks >= 1
+
+
+@every_cost
+@families
+def test_more_columns_and_more_rows_never_cost_less(op, backend, family):
+    def seconds(**changes):
+        launches = model.launches_of(op, backend, replace(model.GOAL_CASE, **changes), family)
+        return model.predict(launches, H100, H100.peak).seconds
+
+    by_r = [seconds(r=r) for r in (8, 16, 32, 64, 128)]
+    assert by_r == sorted(by_r)
+    by_rows = [seconds(tokens=tokens) for tokens in (2048, 4096, 8192, 16384)]
+    assert by_rows == sorted(by_rows)
+
+
+@pytest.mark.skipif(not model.layers(H100, H100.peak, [model.GOAL_CASE]), reason="no backend states a layer's costs")
+def test_no_layer_is_faster_than_its_frozen_layer():
+    for card in cards.CARDS.values():
+        for rates in (card.peak, cards.typical(card)):
+            for found in model.layers(card, rates):
+                assert found.added > 0, (card.name, rates.name, found.case.id, found.backend, found.precision)
+                assert found.total.seconds == pytest.approx(sum(part.seconds for part in found.parts.values()))
+
+
+# ---- what is shown
+
+
+@pytest.fixture
+def invented(monkeypatch):
+    """Costs of one backend that add a tenth of a pass each, whatever the kernels state."""
+
+    def launches(op, backend, case, family):
+        if backend != "cuda":
+            raise NoCosts(f"{backend} does not write {op}")
+        own = Launch(op, 10**7, 0, 10**7)
+        base = {"rotated_linear": 0, "rotated_linear_backward": 1}
+        return [model.frozen(case)[base[op]], own] if op in base else [own]
+
+    monkeypatch.setattr(model, "launches_of", launches)
+
+
+def test_the_output_says_that_it_predicts_and_whether_the_goal_is_reached(invented, capsys):
+    assert model.main(["--card", "H100"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("PREDICTIONS, not measurements")
+    assert "cuda, exact, at data-sheet peaks: reached, predicted" in text
+    assert "triton, fast: triton does not write wy_factor" in text
+    assert all(line in text for line in cards.ASSUMPTIONS)
+
+
+def test_the_goal_is_called_missed_where_it_is(invented, monkeypatch):
+    monkeypatch.setattr(model, "GOAL", 0.001)
+    assert "missed" in "".join(model.goal()) and "reached" not in "".join(model.goal())
+
+
+def test_measured_figures_stand_beside_the_predictions(invented, tmp_path):
+    device = StandIn()
+    rows = []
+    for kind in ("linear", "op:rotate"):
+        measured = timing.measure_case(gpu_plan.shrunk(replace(gpu_plan.HEAD, kind=kind)), device, 0.01)
+        # What a card would have measured: the reference's rows under the name of a backend that has predictions.
+        rows += timing.as_rows(measured)
+    for row in rows:
+        row["extra_info"]["arm"] = row["extra_info"]["arm"].replace("reference", "cuda")
+        row["extra_info"]["case"] |= {"width_in": 4096, "width_out": 4096, "tokens": 8192}
+    flops = dict.fromkeys(("tensor_bf16", "tensor_fp16", "tensor_tf32", "fp32", "fp64"), 1e13)
+    peaks = {"copy_bytes_per_second": 2e12, "flops_per_second": flops, "launch_seconds": 3e-6}
+    data = {"datetime": time.strftime("%Y-%m-%dT%H:%M:%S"), "machine_info": {}, "benchmarks": rows}
+    gpu = {"dry_run": False, "card": {"name": "NVIDIA H100 80GB HBM3"}, "peaks": peaks, "steps": [], "versions": {}}
+    for row in rows:
+        row["extra_info"] |= {"machine": {}, "versions": {}, "backends": {}, "commit": None}
+    path = tmp_path / "h100.json"
+    path.write_text(json.dumps({**data, "gpu": {**gpu, "order": "", "dropped": []}}))
+    result = Result.load(path)
+    html = page.render(result)
+    assert predictions.LABEL in html and "measured rates" in html
+    head, lines = predictions.beside_layers(result)
+    assert [line[1:3] for line in lines] == [["cuda", "fast"], ["cuda", "exact"]]
+    assert len(head) == len(lines[0]) == 8
+    head, lines = predictions.beside_operations(result)
+    assert len(lines) == 1 and lines[0][0].startswith("rotate")
+    assert "Measured: NVIDIA H100 80GB HBM3" in predictions.section(tmp_path)
+
+
+def test_predictions_of_a_case_are_about_that_case():
+    case = Case("linear", 2048, 4096, 8192, 8, "bf16")
+    forward, backward = model.frozen(case)
+    assert forward.flops == backward.flops == {"tensor_bf16": 2 * 2048 * 4096 * 8192}
+    assert forward.written == 2 * 8192 * 4096 and backward.written == 2 * 8192 * 2048
