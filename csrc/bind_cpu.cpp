@@ -50,10 +50,10 @@ static void bind_factor(py::module_& m) {
                                       threads);
   });
   m.def("orthonormal_factor_backward",
-        [](int level, int threads, V_ARGS, Pointer dT, Pointer Q, Pointer T, Pointer B, Pointer dV) {
+        [](int level, int threads, V_ARGS, Pointer dT, Pointer Q, Pointer B, Pointer dV) {
           py::gil_scoped_release unlocked;
           kernels(level).orthonormal_factor_backward(V_VALUE, doubles(dT), reflectors(Q, V_dtype, K, r, r, 1),
-                                                     doubles(T), doubles(B), raw(dV), threads);
+                                                     doubles(B), raw(dV), threads);
         });
   m.def("orthogonality_penalty", [](int level, int threads, V_ARGS, bool squared) {
     py::gil_scoped_release unlocked;

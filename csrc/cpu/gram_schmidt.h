@@ -1,6 +1,6 @@
-// orthonormal_factor and its backward: Gram-Schmidt on the reflectors, H = I - 2 Q Q^T = I - Q T Q^T.
+// orthonormal_factor and its backward: Gram-Schmidt on the reflectors, H = I - 2 Q Q^T.
 // Compiled once per instruction set; Cholesky of the Gram matrix in fp64 (wy.h), pivot by pivot, a dependent column
-// dropped. B [r,r] upper triangular, Q = V B [K,r] rounded to V's dtype, T = 2 (Q^T Q)^-1 [r,r] fp64.
+// dropped; twice where once is not enough. B [r,r] upper triangular, Q = V B [K,r] rounded to V's dtype, T = 2 I.
 #pragma once
 
 #include <cmath>
@@ -41,44 +41,35 @@ inline double orthonormaliser(double* G, int r, double threshold, double* B) {
   return norm;
 }
 
-// T = 2 (Q^T Q)^-1 over the columns that are not zero.
-inline void projector_factor(const Reflectors& Q, double* T, int threads) {
-  int r = Q.r, rp = padded_rank(r);
-  Buffer<double> G(rp * rp), B(r * r), Bt(r * rp);
-  gram(Q, G.data(), threads);
-  orthonormaliser(G.data(), r, gram_rounding(Q.K), B.data());
-  pad_matrix(B.data(), r, true, Bt.data());
-  for (int i = 0; i < r * r; i++) B[i] *= 2;
-  multiply_small(B.data(), r, r, Bt.data(), T);
-}
-
 inline void orthonormal_factor(const Reflectors& V, void* Q, double* T, double* B, int threads) {
   int r = V.r, rp = padded_rank(r);
-  Buffer<double> G(rp * rp), padded(r * rp);
+  double rounding = gram_rounding(V.K);
+  Buffer<double> G(rp * rp), padded(r * rp), first(r * r);
   gram(V, G.data(), threads);
-  double norm = orthonormaliser(G.data(), r, gram_rounding(V.K), B);
+  double norm = orthonormaliser(G.data(), r, rounding, B);
   pad_matrix(B, r, false, padded.data());
   multiply_reflectors({{V, padded.data(), kUpper}}, Q, threads);
-  // Where V B is orthonormal far below float32's rounding, T is 2 I; elsewhere Q's own Gram matrix says what it is.
-  if (V.dtype == kFloat32 && norm * gram_rounding(V.K) <= 0x1p-27) {
-    for (int i = 0; i < r; i++)
-      for (int j = 0; j < r; j++) T[i * r + j] = i == j && B[i * r + i] != 0 ? 2 : 0;
-    return;
+  // Once is enough where the error of V B is far below the rounding of Q. Negated, so that what is no number goes on.
+  if (!(V.dtype == kFloat32 && norm * rounding <= 0x1p-27)) {
+    Reflectors columns = {Q, V.dtype, V.K, r, r, 1};
+    memcpy(first.data(), B, r * r * sizeof(double));
+    gram(columns, G.data(), threads);
+    orthonormaliser(G.data(), r, rounding, B);
+    pad_matrix(B, r, false, padded.data());
+    multiply_reflectors({{columns, padded.data(), kUpper}}, Q, threads);
+    multiply_small(first.data(), r, r, padded.data(), B);
   }
-  projector_factor({Q, V.dtype, V.K, r, r, 1}, T, threads);
+  for (int i = 0; i < r; i++)
+    for (int j = 0; j < r; j++) T[i * r + j] = i == j && B[i * r + i] != 0 ? 2 : 0;
 }
 
-// dV = (dQ - Q N) B^T with N = T (dT + dT^T) T / 2.
-inline void orthonormal_factor_backward(const Reflectors& dQ, const double* dT, const Reflectors& Q, const double* T,
-                                        const double* B, void* dV, int threads) {
+// dV = (dQ - 2 Q (dT + dT^T)) B^T.
+inline void orthonormal_factor_backward(const Reflectors& dQ, const double* dT, const Reflectors& Q, const double* B,
+                                        void* dV, int threads) {
   int r = Q.r, rp = padded_rank(r);
-  Buffer<double> symmetric(r * r), product(r * r), N(r * r), padded(r * rp), Bt(r * rp);
+  Buffer<double> N(r * r), product(r * r), padded(r * rp), Bt(r * rp);
   for (int i = 0; i < r; i++)
-    for (int j = 0; j < r; j++) symmetric[i * r + j] = -(dT[i * r + j] + dT[j * r + i]) / 2;
-  pad_matrix(T, r, false, padded.data());
-  multiply_small(symmetric.data(), r, r, padded.data(), product.data());
-  pad_matrix(product.data(), r, false, padded.data());
-  multiply_small(T, r, r, padded.data(), N.data());
+    for (int j = 0; j < r; j++) N[i * r + j] = -2 * (dT[i * r + j] + dT[j * r + i]);
   pad_matrix(B, r, true, Bt.data());
   multiply_small(N.data(), r, r, Bt.data(), product.data());
   pad_matrix(product.data(), r, false, padded.data());

@@ -31,11 +31,11 @@ struct Kernels {
   void (*wy_factor)(const Reflectors& V, double* T, int threads);
   // dV = V (U + U^T + diag(dA)), dA = -T^T dT T^T, U = striu(dA).
   void (*wy_factor_backward)(const double* dT, const Reflectors& V, const double* T, void* dV, int threads);
-  // Q = V B with orthonormal columns, B upper triangular; T = 2 (Q^T Q)^-1; dependent columns are zero in all three.
+  // Q = V B with orthonormal columns, B upper triangular, T = 2 I; a dependent column is zero in all three.
   void (*orthonormal_factor)(const Reflectors& V, void* Q, double* T, double* B, int threads);
-  // dV = (dQ - Q T (dT + dT^T) T / 2) B^T.
-  void (*orthonormal_factor_backward)(const Reflectors& dQ, const double* dT, const Reflectors& Q, const double* T,
-                                      const double* B, void* dV, int threads);
+  // dV = (dQ - 2 Q (dT + dT^T)) B^T.
+  void (*orthonormal_factor_backward)(const Reflectors& dQ, const double* dT, const Reflectors& Q, const double* B,
+                                      void* dV, int threads);
   // P = x V.
   void (*project)(const Rows& x, int64_t M, const Reflectors& V, void* P, int threads);
   // dx = dP V^T, dV = x^T dP.

@@ -15,12 +15,13 @@ class OrthonormalFactor(torch.autograd.Function):
     @staticmethod
     def forward(ctx, V):
         Q, T, B = torch.ops.peftkern.orthonormal_factor(V)
-        ctx.save_for_backward(V, Q, T, B)
+        ctx.save_for_backward(V, Q, B)
         return Q, T
 
     @staticmethod
     def backward(ctx, dQ, dT):
-        V, Q, T, B = ctx.saved_tensors
+        V, Q, B = ctx.saved_tensors
         if _transforms.differentiating_twice():
-            return reference.orthonormal_factor_backward(dQ, dT, *reference.orthonormal_factor(V))
-        return torch.ops.peftkern.orthonormal_factor_backward(dQ, dT, Q, T, B)
+            Q, _, B = reference.orthonormal_factor(V)
+            return reference.orthonormal_factor_backward(dQ, dT, Q, B)
+        return torch.ops.peftkern.orthonormal_factor_backward(dQ, dT, Q, B)

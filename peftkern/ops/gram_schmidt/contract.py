@@ -19,15 +19,15 @@ def _fake_orthonormal_factor(V):
     return torch.empty(V.shape, dtype=V.dtype, device=V.device), T, B
 
 
-def check_orthonormal_factor_backward(dQ, dT, Q, T, B):
+def check_orthonormal_factor_backward(dQ, dT, Q, B):
     op = "orthonormal_factor_backward"
-    householder._check_factor(op, Q, T)
+    householder._check_factor(op, Q)
     if dQ.shape != Q.shape or dQ.dtype is not Q.dtype:
         raise ValueError(f"{op}: dQ must be like Q; got {_checks.describe(dQ)} and {_checks.describe(Q)}")
     for name, square in (("dT", dT), ("B", B)):
-        if square.shape != T.shape or square.dtype is not torch.float64:
-            raise ValueError(f"{op}: {name} must be like T; got {_checks.describe(square)}")
-    _checks.same_device(op, dQ=dQ, dT=dT, Q=Q, T=T, B=B)
+        if square.shape != (Q.shape[1], Q.shape[1]) or square.dtype is not torch.float64:
+            raise ValueError(f"{op}: {name} must be float64 of shape [r, r]; got {_checks.describe(square)}")
+    _checks.same_device(op, dQ=dQ, dT=dT, Q=Q, B=B)
 
 
 ORTHONORMAL_FACTOR = Operation(
@@ -38,9 +38,9 @@ ORTHONORMAL_FACTOR = Operation(
     householder._key_factor,
 )
 ORTHONORMAL_FACTOR_BACKWARD = Operation(
-    "orthonormal_factor_backward(Tensor dQ, Tensor dT, Tensor Q, Tensor T, Tensor B) -> Tensor",
+    "orthonormal_factor_backward(Tensor dQ, Tensor dT, Tensor Q, Tensor B) -> Tensor",
     FAMILY,
     check_orthonormal_factor_backward,
-    lambda dQ, dT, Q, T, B: torch.empty(Q.shape, dtype=Q.dtype, device=Q.device),
-    lambda dQ, dT, Q, T, B: householder._key_factor(Q),
+    lambda dQ, dT, Q, B: torch.empty(Q.shape, dtype=Q.dtype, device=Q.device),
+    lambda dQ, dT, Q, B: householder._key_factor(Q),
 )

@@ -32,10 +32,10 @@ def orthonormal_factor(V):
     return Q, T, B
 
 
-def orthonormal_factor_backward(dQ, dT, Q, T, B):
-    dT, Q, T, B, dV = dT.contiguous(), Q.contiguous(), T.contiguous(), B.contiguous(), Q.new_empty(Q.shape)
+def orthonormal_factor_backward(dQ, dT, Q, B):
+    dT, Q, B, dV = dT.contiguous(), Q.contiguous(), B.contiguous(), Q.new_empty(Q.shape)
     # fmt: off
-    _library.orthonormal_factor_backward(_level, _threads(), *_factor(dQ), dT.data_ptr(), Q.data_ptr(), T.data_ptr(),
-                                         B.data_ptr(), dV.data_ptr())
+    _library.orthonormal_factor_backward(_level, _threads(), *_factor(dQ), dT.data_ptr(), Q.data_ptr(), B.data_ptr(),
+                                         dV.data_ptr())
     # fmt: on
     return dV

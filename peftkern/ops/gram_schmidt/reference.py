@@ -56,14 +56,19 @@ def orthonormaliser(V):
 
 @without_autocast
 def orthonormal_factor(V):
-    """V [K, r] -> Q = V B like V, T = 2 (Q^T Q)^-1 and B, float64; differentiable, with B as a constant."""
+    """V [K, r] -> Q = V B like V, T = 2 (Q^T Q)^-1 and B, float64; differentiable, with B as a constant.
+
+    Other backends orthonormalise a second time where B is inaccurate, and take 2 I for T, which then differs from it by
+    rounding; but the derivatives of H, of any order, are those of this T.
+    """
     B = orthonormaliser(V.detach())
     Q = (V.double() @ B).to(V.dtype)
     return Q, projector_factor(Q), B
 
 
 @without_autocast
-def orthonormal_factor_backward(dQ, dT, Q, T, B):
-    """dG = -T dT T / 2 for G = Q^T Q;  dV = (dQ + Q (dG + dG^T)) B^T."""
+def orthonormal_factor_backward(dQ, dT, Q, B):
+    """dG = -T dT T / 2 for T = 2 G^-1, G = Q^T Q;  dV = (dQ + Q (dG + dG^T)) B^T."""
+    T = projector_factor(Q)
     dG = -T @ dT @ T / 2
     return ((dQ.double() + Q.double() @ (dG + dG.mT)) @ B.mT).to(Q.dtype)
