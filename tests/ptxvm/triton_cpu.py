@@ -6,6 +6,7 @@ import struct
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 
@@ -24,24 +25,16 @@ class TritonMachine:
         self.arch = arch
         self.options = options
         self.launches: list[Launch] = []
-        self._programs: dict[str, Program] = {}
 
     def set(self, **options):
         """Change options (see Options) for the launches that follow."""
         self.options = replace(self.options, **options)
 
-    def program(self, ptx: str, name: str) -> Program:
-        key = name + ptx
-        if key not in self._programs:
-            module = parse(ptx)
-            self._programs[key] = translate(module, name, Memory(module))
-        return self._programs[key]
-
     def launch(self, compiled, bound: dict, grid: Sequence[int]) -> Launch:
         metadata = compiled.metadata
         if getattr(metadata, "num_ctas", 1) != 1:
             raise NotImplementedError("clusters (num_ctas > 1) can't run here")
-        program = self.program(compiled.asm["ptx"], metadata.name)
+        program = _program(compiled.asm["ptx"], metadata.name)
         values: list[tuple[object, str]] = []
         for name, type_ in compiled.src.signature.items():
             _flatten(type_, bound.get(name), name, values)
@@ -58,6 +51,13 @@ class TritonMachine:
         done = run(program, grid, block, packed, _named(ranges), metadata.shared, self.options)
         self.launches.append(done)
         return done
+
+
+@cache
+def _program(ptx: str, name: str) -> Program:
+    """Kept for the whole process: Triton's own cache keeps compiled kernels as long."""
+    module = parse(ptx)
+    return translate(module, name, Memory(module))
 
 
 def _named(ranges: list[MemoryRange]) -> list[MemoryRange]:
