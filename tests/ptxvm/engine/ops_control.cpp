@@ -69,7 +69,8 @@ void release(Block& b, u32 id) {
         else
           put_pred(w, op.a[3], (op.shape == AND ? bar.votes == bar.threads : bar.votes > 0) ? FULL : 0, g.mask);
       }
-      for (size_t i = 0; i < bar.clock.size(); i++) w.seen[i] = std::max(w.seen[i], bar.clock[i]);
+      join(w.seen, bar.clock);
+      for (auto& [block, clocks] : bar.remote) join(w.remote[block], clocks);
       w.epoch++;
       g.state = State::ready;
       g.pc++;
@@ -105,7 +106,9 @@ Flow barrier(Warp& w, const Op& op, u32 mask) {
   bar.arrived += 32;
   bar.threads += u32(__builtin_popcount(mask));
   if (op.shape) bar.votes += u32(__builtin_popcount(w.pred(op.a[2]) & mask));
-  for (size_t i = 0; i < w.seen.size(); i++) bar.clock[i] = std::max(bar.clock[i], w.seen[i]);
+  join(bar.clock, w.seen);
+  // What one warp has seen of other blocks is ordered before all that the barrier orders after it.
+  for (auto& [block, clocks] : w.remote) join(bar.remote[block], clocks);
   bar.clock[w.id] = std::max(bar.clock[w.id], w.epoch);
   const bool arrive = op.imm[0] == 1;
   if (arrive) {

@@ -4,11 +4,11 @@
 #include "lanes.h"
 
 namespace vm {
-namespace {
 void join(Clocks& to, const Clocks& from) {
   if (to.size() < from.size()) to.resize(from.size());
   for (size_t i = 0; i < from.size(); i++) to[i] = std::max(to[i], from[i]);
 }
+namespace {
 void acquire(Warp& w, const Published& p) {
   if (p.block == w.block->linear)
     join(w.seen, p.own);

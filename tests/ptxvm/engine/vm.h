@@ -164,6 +164,7 @@ constexpr u8 MANY_LANES = 0xff;
 struct Barrier {
   u32 arrived = 0, warps = 0, pc = NO_REG, count = 0, votes = 0, threads = 0;
   Clocks clock;
+  Remote remote;
 };
 
 struct Launch;
@@ -223,6 +224,7 @@ std::string thread_name(const Block& b, u32 warp, u32 lane);
 Flow rendezvous(Warp& w, const Op& op, u32 mask, u32 wanted, const char* what);
 Flow whole_warp(Warp& w, const Op& op, u32 mask, const char* what);
 void warp_synced(Warp& w);
+void join(Clocks& to, const Clocks& from);
 void fence(Warp& w);
 void synchronise(Warp& w, std::unordered_map<u64, Snapshot>& map, u64 key, u32 flags, bool reads, bool writes);
 bool ordered(const Warp& w, u32 lane, u32 other_warp, u32 time, u8 other_lane);
