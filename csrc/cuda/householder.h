@@ -1,0 +1,76 @@
+// Launchers of the householder family: raw pointers and sizes in, a cudaError_t out. V, P, S, R are float32 and
+// contiguous; the r x r matrices are float64. Formulas: peftkern/ops/householder/README.md.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+
+namespace peftkern::cuda {
+
+constexpr int kMaxRank = 128;
+
+// An r x r matrix C [i, j] = at[i * row + j * column], block triangular in tiles of eight.
+struct Core {
+  const double* at;
+  int row, column;
+  bool lower;
+};
+
+// Products of rows with V [K, r], and updates of rows by it; householder_rows.cuh says what is done when.
+struct Rows {
+  const void* x;     // [M, K], may be null in an update: zeros
+  int64_t x_stride;  // elements between rows
+  const float* V;    // [K, r]
+  void* z;           // [M, K] or null; may be x
+  int64_t z_stride;
+  float* P;            // [parts, M, r] or null
+  float* S;            // [M, r] or null
+  const float* given;  // [M, r], taken for S: no sweep over x
+  const float* saved;  // [M, r] or null, multiplied with saved_core into saved_out
+  float* saved_out;
+  Core core, saved_core;  // at null: none
+  int64_t M;
+  int K, r;
+  int part_columns;  // columns of one block (grid y); a multiple of 64
+  float sign;        // z = x + sign S V^T
+  bool paired;       // V is in the pair basis, P is wanted in the plain one
+  // Set by the launcher.
+  int x_stages;
+  bool wide_x, wide_V, wide_z;
+};
+
+int rows_float32(const Rows& args, void* stream);
+int rows_bfloat16(const Rows& args, void* stream);
+int rows_float16(const Rows& args, void* stream);
+
+// What is made of the Gram matrices of a list of layers with one r; householder_factor.cu.
+constexpr int kMaxLayers = 64;
+enum FactorJob : int { kFactor = 0, kPenalty = 1, kPenaltyCore = 2 };
+struct FactorLayer {
+  const void* V;  // [K, r]
+  void* out;      // kFactor: T [r, r]; kPenalty: one number like V's; kPenaltyCore: [r, r] float64
+  int64_t first_partial;
+  int K;
+};
+struct Factor {
+  FactorLayer layers[kMaxLayers];
+  double* partial;     // sum over layers of factor_partials(K, r) times 1024
+  double* matrix;      // layers times factor_matrix(r)
+  unsigned* counters;  // one per layer, 0 before and after
+  const void* grad;    // kPenaltyCore: one number like V's
+  FactorJob job;
+  int r;
+  bool is_double, squared;
+  // Set by the launcher.
+  bool in_shared, wide;
+};
+int64_t factor_partials(int K, int r);
+int factor_matrix(int r);  // 0 where this device's shared memory is enough
+int factor(Factor f, int layers, void* stream);
+
+// dV = V (U + U^T + diag(dA)) from dT; with T null, dV = V dT for a symmetric dT.
+int factor_backward(bool is_double, const void* V, const double* T, const double* dT, void* dV, int K, int r,
+                    void* stream);
+
+}  // namespace peftkern::cuda

@@ -1,0 +1,87 @@
+// Tiles of a few columns: V, P, S and the like in shared memory, swizzled, and their float64 product with the r x r core.
+#pragma once
+
+#include "cuda/householder.h"
+#include "cuda/warp.cuh"
+
+namespace peftkern::cuda {
+
+// Place of (row, column) in a tile of R columns of float32: blocks of eight columns are permuted within a row, so that
+// lanes (g, t) meet no bank twice when they read rows 2t, columns g, nor when they read pairs of columns 2t of rows g.
+template <int R>
+__device__ inline int place(int row, int column) {
+  const int swizzle = (row ^ row >> 2) & 3;
+  return row * R + (((column >> 3) ^ swizzle) << 3 | (column & 7));
+}
+
+// Rows of r floats [begin, begin + n) of `from` [rows, r] into a tile whose columns up to the next multiple of 16 are
+// zeros, as are rows beyond `rows`. `wide`: 16 bytes at a time, which needs r % 4 == 0 and an aligned `from`.
+template <int R, int kThreads>
+__device__ inline void load_tile(float* tile, const float* from, int64_t begin, int n, int64_t rows, int r, bool wide,
+                                 int thread) {
+  if (wide) {
+    constexpr int kPieces = R / 4;
+    for (int i = thread; i < n * kPieces; i += kThreads) {
+      const int row = i / kPieces, column = i % kPieces * 4;
+      if (column >= (r + 15 & ~15)) continue;
+      const bool inside = column < r && begin + row < rows;
+      copy_async_16(tile + place<R>(row, column), inside ? from + (begin + row) * r + column : from, inside ? 16 : 0);
+    }
+  } else {
+    for (int i = thread; i < n * R; i += kThreads) {
+      const int row = i / R, column = i % R;
+      if (column >= (r + 15 & ~15)) continue;
+      const bool inside = column < r && begin + row < rows;
+      copy_async_4(tile + place<R>(row, column), inside ? from + (begin + row) * r + column : from, inside ? 4 : 0);
+    }
+  }
+}
+
+// The 16 rows of one warp's tile to `out` [rows, r] from row `begin` on. paired: columns 2a and 2a + 1 hold mean and
+// difference of two columns, and the two columns are written.
+template <int R>
+__device__ inline void store_rows(const float* tile, float* out, int64_t begin, int64_t rows, int r, bool paired,
+                                  int lane) {
+  for (int row = 0; row < 16 && begin + row < rows; row++) {
+    for (int column = lane; column < r; column += 32) {
+      float v = tile[place<R>(row, column)];
+      if (paired && (column | 1) < r) {
+        const float mean = tile[place<R>(row, column & ~1)], difference = tile[place<R>(row, column | 1)];
+        v = column & 1 ? mean - difference / 2 : mean + difference / 2;
+      }
+      out[(begin + row) * r + column] = v;
+    }
+  }
+}
+
+// tile := tile C on one warp's 16 rows, in float64. C is block triangular in tiles of eight: a lower core needs only
+// columns at and right of the one it writes, so the product is taken in place, from the left (an upper one from the
+// right).
+template <int R>
+__device__ inline void times_core(float* tile, const Core& C, int r, int lane) {
+  const int g = lane / 4, t = lane % 4, tiles = (r + 7) / 8;
+  for (int step = 0; step < tiles; step++) {
+    const int jt = C.lower ? step : tiles - 1 - step;
+    const int first = C.lower ? jt : 0, last = C.lower ? tiles - 1 : jt;
+    const int j = 8 * jt + g;
+    double sum[2][2] = {};
+    for (int it = first; it <= last; it++) {
+      const int i = 8 * it + 2 * t;
+      const float2 upper = *reinterpret_cast<const float2*>(tile + place<R>(g, i));
+      const float2 lower = *reinterpret_cast<const float2*>(tile + place<R>(g + 8, i));
+      const double* c = C.at + i * C.row + j * C.column;
+      const double b0 = i < r && j < r ? c[0] : 0.0, b1 = i + 1 < r && j < r ? c[C.row] : 0.0;
+      mma_f64(sum[0], upper.x, b0);
+      mma_f64(sum[1], lower.x, b0);
+      mma_f64(sum[0], upper.y, b1);
+      mma_f64(sum[1], lower.y, b1);
+    }
+    __syncwarp();
+    const int column = 8 * jt + 2 * t;
+    *reinterpret_cast<float2*>(tile + place<R>(g, column)) = make_float2(float(sum[0][0]), float(sum[0][1]));
+    *reinterpret_cast<float2*>(tile + place<R>(g + 8, column)) = make_float2(float(sum[1][0]), float(sum[1][1]));
+    __syncwarp();
+  }
+}
+
+}  // namespace peftkern::cuda
