@@ -1,6 +1,5 @@
 """Adapters in and out of safetensors, under the names PEFT gives them (`base_model.model.<layer>.hra_u`)."""
 
-import safetensors.torch
 import torch
 
 from peftkern.nn.hra import _HRALayer
@@ -17,7 +16,10 @@ def save_adapters(model, path):
     tensors = {f"{_PREFIX}{name}.hra_u": layer.hra_u.detach().contiguous() for name, layer in _layers(model).items()}
     if not tensors:
         raise ValueError("save_adapters: the model has no HRA layer")
-    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    # Here, so that the layers need torch alone.
+    from safetensors.torch import save_file
+
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def load_adapters(model, path):
@@ -27,8 +29,10 @@ def load_adapters(model, path):
         ValueError: a layer without a tensor, a tensor without a layer, another shape, values that are not finite, or a
             merged layer. Nothing is changed then.
     """
+    from safetensors.torch import load_file
+
     layers = _layers(model)
-    read = safetensors.torch.load_file(path)
+    read = load_file(path)
     tensors = {key.removeprefix(_PREFIX).removesuffix(".hra_u"): t for key, t in read.items() if key.endswith(".hra_u")}
     if missing := sorted(layers.keys() - tensors.keys()):
         raise ValueError(f"load_adapters: {path} has no hra_u for {', '.join(missing)}")
