@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+NOT_COLLECTED = "not collected"
+
 
 def pytest_addoption(parser):
     parser.addoption("--outcomes", help="append one line of JSON per test to this file")
@@ -27,6 +29,15 @@ class _Writer:
     def __init__(self, path):
         self.file = open(path, "a")  # noqa: SIM115 (open as long as pytest runs)
 
+    def write(self, **line):
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+
+    def pytest_collectreport(self, report):
+        if report.failed:
+            said = str(report.longrepr).strip().rpartition("\n")[2].removeprefix("E").strip()
+            self.write(test=report.nodeid, outcome=NOT_COLLECTED, said=said)
+
     def pytest_runtest_logreport(self, report):
         # Of the three phases of a test: its call, or what kept it from being called, or broke after it.
         if report.when == "call" or report.outcome != "passed":
@@ -36,6 +47,4 @@ class _Writer:
                 said = (crash.message if crash else str(report.longrepr)).strip().partition("\n")[0]
             elif report.outcome == "skipped" and isinstance(report.longrepr, tuple):
                 said = report.longrepr[2]
-            line = {"test": report.nodeid, "outcome": report.outcome, "said": said, "seconds": report.duration}
-            self.file.write(json.dumps(line) + "\n")
-            self.file.flush()
+            self.write(test=report.nodeid, outcome=report.outcome, said=said, seconds=report.duration)

@@ -95,10 +95,10 @@ def test_a_step_that_breaks_takes_no_other_along(run, monkeypatch, capsys):
 
 
 def test_a_process_ends_at_its_time_with_what_it_printed_and_its_children():
-    sleeps = "import subprocess, sys; print('begun', flush=True); p = subprocess.Popen(['sleep', '60']); "
+    sleeps = "import subprocess, sys; print('begun', flush=True); p = subprocess.Popen(['sleep', '600']); "
     start = time.time()
-    status, text = steps.process([sys.executable, "-c", sleeps + "print(p.pid, flush=True); p.wait()"], 3)
-    assert status is None and time.time() - start < 20
+    status, text = steps.process([sys.executable, "-c", sleeps + "print(p.pid, flush=True); p.wait()"], 10)
+    assert status is None and time.time() - start < 300
     begun, pid = text.split()
     assert begun == "begun"
     stat = Path(f"/proc/{pid}/stat")
@@ -211,6 +211,17 @@ def test_stages_are_timed_by_events_behind_a_waiting_kernel(monkeypatch):
     seconds, host = device.seconds([lambda: calls.append("forward"), lambda: calls.append("backward")], hold=1e-3)
     assert calls == ["wait", "hold", "mark", "forward", "mark", "backward", "mark", "wait"]
     assert seconds == [2.0, 2.0] and host >= 0
+
+
+def test_a_file_that_needs_a_missing_package_is_left_out_and_named(run, tmp_path, monkeypatch):
+    (tmp_path / "test_needs.py").write_text("import no_such_package\n")
+    (tmp_path / "test_cuda.py").write_text("def test_good(): pass\n")
+    monkeypatch.setattr(steps, "DEVICE_TESTS", ("--rootdir", str(tmp_path), "-p", "no:cacheprovider", str(tmp_path)))
+    step = steps.tests(run)
+    assert step.ok is True
+    assert any("No module named 'no_such_package': " in said and "test_needs.py" in said for said in step.said)
+    (tmp_path / "test_needs.py").write_text("1 / 0\n")
+    assert steps.tests(run).ok is False
 
 
 def test_outcomes_survive_and_are_not_repeated(tmp_path):
