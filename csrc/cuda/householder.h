@@ -32,10 +32,10 @@ struct Rows {
   Core core, saved_core;  // at null: none
   int64_t M;
   int K, r;
-  int part_columns;  // columns of one block (grid y); a multiple of 64
   float sign;        // z = x + sign S V^T
   bool paired;       // V is in the pair basis, P is wanted in the plain one
   // Set by the launcher.
+  int part_columns;  // columns of one block; a multiple of 64, or K
   int x_stages;
   bool wide_x, wide_V, wide_z;
 };
@@ -72,5 +72,51 @@ int factor(Factor f, int layers, void* stream);
 // dV = V (U + U^T + diag(dA)) from dT; with T null, dV = V dT for a symmetric dT.
 int factor_backward(bool is_double, const void* V, const double* T, const double* dT, void* dV, int K, int r,
                     void* stream);
+
+// Contractions over rows; householder_outer.cu.
+struct OuterPair {
+  const void* x;  // [rows, K]
+  int64_t x_stride;
+  const float* S;  // [rows, r]
+  int64_t rows;    // 0: no such pair
+  // Set by the launcher.
+  int chunks;
+  int64_t chunk_rows;
+};
+struct Outer {
+  OuterPair pairs[2];
+  float* partial;  // sum of outer_chunks(rows, K) over the pairs, times K r
+  float* dV;       // [K, r]
+  const float *A, *B;    // [core_rows, r]
+  double* core_partial;  // core_partials(core_rows, r) times 1024
+  double* D;             // [r, r] or null
+  int64_t core_rows;
+  int K, r;
+  float sign;
+  // Set by the launcher.
+  int core_chunks;
+  bool wide[2], wide_S[2], wide_core, wide_sum;
+};
+int outer_chunks(int64_t rows, int K);
+int core_partials(int64_t rows, int r);
+int outer(Dtype dtype, Outer a, void* stream);
+
+// householder_small.cu
+struct PairBasis {
+  const float* V;
+  const double* T;
+  float* Vp;
+  double* Cp;
+  int K, r;
+};
+int pair_basis(PairBasis a, void* stream);
+
+struct Product {  // C = alpha A B + D in float64, C contiguous
+  const double *A, *B, *D;  // D may be null; its columns are contiguous
+  double* C;
+  int64_t m, n, k, A_row, A_column, B_row, B_column, D_row;
+  double alpha;
+};
+int product_f64(Product a, void* stream);
 
 }  // namespace peftkern::cuda

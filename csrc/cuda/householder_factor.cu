@@ -17,6 +17,7 @@
 // Why CUDA C++: products in float64 fragments, loops over blocks whose sizes double, and the last block's work do not
 // exist in Triton; there the inverse takes a launch of its own.
 
+#include "cuda/gram.cuh"
 #include "cuda/householder.h"
 #include "cuda/tiles.h"
 #include "cuda/warp.cuh"
@@ -25,44 +26,7 @@ namespace peftkern::cuda {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kSlice = 256;  // rows of V per block
-constexpr int kTile = 32 * 32;
 constexpr int kMatrix = kMaxRank * (kMaxRank + 2);  // doubles that one layer's algebra takes at most
-
-// Four neighbours of a row of V in float64; columns at and beyond r are zeros.
-__device__ inline void load_four(const float* row, int column, int r, bool wide, double (&v)[4]) {
-  if (wide) {
-    const float4 f = column < r ? __ldg(reinterpret_cast<const float4*>(row + column)) : float4{0, 0, 0, 0};
-    v[0] = f.x, v[1] = f.y, v[2] = f.z, v[3] = f.w;
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; i++) v[i] = column + i < r ? row[column + i] : 0.0f;
-  }
-}
-__device__ inline void load_four(const double* row, int column, int r, bool, double (&v)[4]) {
-#pragma unroll
-  for (int i = 0; i < 4; i++) v[i] = column + i < r ? row[column + i] : 0.0;
-}
-
-// sum [a, b] += the tile of V^T V whose fragments a, b hold the columns 4 g + a of the 32 from `left` on, and 4 g + b of
-// those from `right` on, over the rows [begin, end).
-template <typename V>
-static __device__ void gram(const V* v, int left, int right, int begin, int end, int r, bool wide, int lane,
-                     double (&sum)[4][4][2]) {
-  const int g = lane / 4, t = lane % 4;
-#pragma unroll 2
-  for (int k = begin; k < end; k += 4) {
-    double x[4] = {}, y[4] = {};
-    if (k + t < end) {
-      const V* row = v + int64_t(k + t) * r;
-      load_four(row, left + 4 * g, r, wide, x);
-      if (right != left) load_four(row, right + 4 * g, r, wide, y);
-    }
-#pragma unroll
-    for (int a = 0; a < 4; a++)
-#pragma unroll
-      for (int b = 0; b < 4; b++) mma_f64(sum[a][b], x[a], right != left ? y[b] : x[b]);
-  }
-}
 
 // Inverts the upper triangular n x n matrix A (n a multiple of 16) in place; uses the part below the diagonal.
 static __device__ void invert(double* A, int n, int ld) {
@@ -170,21 +134,9 @@ __global__ void __launch_bounds__(kThreads) householder_factor_kernel(const __gr
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   double sum[4][4][2] = {};
   const int begin = slice * kSlice + warp * (kSlice / kWarps);
-  gram(static_cast<const V*>(layer.V), 32 * left, 32 * right, begin, min(begin + kSlice / kWarps, layer.K), f.r,
-       f.wide, lane, sum);
-#pragma unroll
-  for (int a = 0; a < 4; a++)
-#pragma unroll
-    for (int b = 0; b < 4; b++)
-#pragma unroll
-      for (int e = 0; e < 2; e++) shared[warp * kTile + ((a * 4 + b) * 2 + e) * 32 + lane] = sum[a][b][e];
-  __syncthreads();
-  double* partial = f.partial + (layer.first_partial + int64_t(slice) * jobs + job) * kTile;
-  for (int i = threadIdx.x; i < kTile; i += kThreads) {
-    double total = 0;
-    for (int w = 0; w < kWarps; w++) total += shared[w * kTile + i];
-    partial[i] = total;
-  }
+  const V* v = static_cast<const V*>(layer.V);
+  gram(v, v, 32 * left, 32 * right, begin, min(begin + kSlice / kWarps, layer.K), f.r, f.wide, lane, sum);
+  add_warps<kWarps>(sum, shared, f.partial + (layer.first_partial + int64_t(slice) * jobs + job) * kGramTile);
 
   // The last block of the layer goes on; it leaves the counter as it was.
   __syncthreads();
@@ -199,15 +151,14 @@ __global__ void __launch_bounds__(kThreads) householder_factor_kernel(const __gr
 
   const int n = (f.r + 15) / 16 * 16, ld = n + 1;
   double* A = f.in_shared ? shared : f.matrix + int64_t(blockIdx.y) * kMatrix;
-  for (int item = threadIdx.x; item < jobs * kTile; item += kThreads) {
-    int column = 0, row = item / kTile;
+  for (int item = threadIdx.x; item < jobs * kGramTile; item += kThreads) {
+    int column = 0, row = item / kGramTile;
     while (row > column) row -= ++column;
-    const int place = item % kTile, fragment = place / 64, g = place % 32 / 4, t = place % 4;
-    const int i = 32 * row + 4 * g + fragment / 4, j = 32 * column + 4 * (2 * t + place / 32 % 2) + fragment % 4;
+    const int i = 32 * row + gram_row(item % kGramTile), j = 32 * column + gram_column(item % kGramTile);
     if (i > j || j >= n) continue;
-    const double* at = f.partial + layer.first_partial * kTile + item;
+    const double* at = f.partial + layer.first_partial * kGramTile + item;
     double total = 0;
-    for (int s = 0; s < slices; s++) total += at[int64_t(s) * jobs * kTile];
+    for (int s = 0; s < slices; s++) total += at[int64_t(s) * jobs * kGramTile];
     if (i == j) zero[j] = total == 0;
     A[i * ld + j] = i < j || f.job != kFactor ? total : total == 0 ? 1.0 : total / 2;
   }
@@ -336,7 +287,7 @@ int64_t factor_partials(int K, int r) {
 }
 
 int factor(Factor f, int layers, void* stream) {
-  const int reduction = kWarps * kTile * 8, matrix = matrix_bytes(f.r);
+  const int reduction = kWarps * kGramTile * 8, matrix = matrix_bytes(f.r);
   f.in_shared = fits_shared(f.r);
   f.wide = f.r % 4 == 0;
   int64_t blocks = 1;

@@ -73,13 +73,6 @@ struct Left {
   }
 };
 
-__device__ inline void split_pairs(float2 upper, float2 lower, uint32_t (&a)[2][4]) {
-  split_tf32(upper.x, a[0][0], a[1][0]);
-  split_tf32(lower.x, a[0][1], a[1][1]);
-  split_tf32(upper.y, a[0][2], a[1][2]);
-  split_tf32(lower.y, a[0][3], a[1][3]);
-}
-
 template <>
 struct Left<float> {
   static constexpr int kTerms = 2;
@@ -108,24 +101,6 @@ __device__ inline void store_pair(X* at, float low, float high) {
 }
 __device__ inline void store_pair(float* at, float low, float high) {
   *reinterpret_cast<float2*>(at) = make_float2(low, high);
-}
-
-// total += the product of two left operands and b = (2t, g), (2t + 1, g) of eight columns each; summed in float32 outside
-// of the tensor core after every sixteen.
-template <int kTerms>
-__device__ inline void products(float (&total)[4], const uint32_t (&a)[2][kTerms][4], const float (&b)[2][2]) {
-  float sum[4] = {};
-#pragma unroll
-  for (int h = 0; h < 2; h++) {
-    uint32_t high[2], low[2];
-    cut_tf32(b[h][0], high[0], low[0]);
-    cut_tf32(b[h][1], high[1], low[1]);
-    mma_tf32(sum, a[h][0], low);
-    if (kTerms == 2) mma_tf32(sum, a[h][kTerms - 1], high);
-    mma_tf32(sum, a[h][0], high);
-  }
-#pragma unroll
-  for (int i = 0; i < 4; i++) total[i] += sum[i];
 }
 
 template <typename X, int R>
@@ -344,16 +319,16 @@ __global__ void __launch_bounds__(RowTile<X, R>::kThreads) householder_rows_kern
   RowBlock<X, R>(args, shared).run();
 }
 
-inline bool wide(const void* p, int64_t stride, int size) {
-  return (reinterpret_cast<uintptr_t>(p) | uint64_t(stride) * size) % 16 == 0;
-}
-
 template <typename X, int R>
 int launch_rows(Rows args, void* stream) {
   using Tile = RowTile<X, R>;
   const Architecture arch = architecture();
   const auto fitting = [](int bytes) { return (bytes - Tile::shared(0)) / Tile::kXBytes; };
-  const int chunks = (std::min(args.part_columns, args.K) + Tile::kColumns - 1) / Tile::kColumns;
+  const int64_t tiles = (args.M + Tile::kRows - 1) / Tile::kRows;
+  // An update's columns are independent: blocks share them where the rows alone do not fill a device.
+  const int64_t parts = args.given == nullptr ? 1 : std::max<int64_t>(1, std::min(kFill / tiles, int64_t(args.K) / 256));
+  args.part_columns = parts == 1 ? args.K : int((args.K + 64 * parts - 1) / (64 * parts) * 64);
+  const int chunks = (args.part_columns + Tile::kColumns - 1) / Tile::kColumns;
   // All of x where one block may have it, else a ring that leaves room for a second block.
   const bool both = args.given == nullptr && args.z != nullptr;
   const int most = std::max(fitting(arch.shared_of_two), Tile::kVStages);
@@ -362,7 +337,7 @@ int launch_rows(Rows args, void* stream) {
   args.wide_x = wide(args.x, args.x_stride, sizeof(X));
   args.wide_z = wide(args.z, args.z_stride, sizeof(X));
   args.wide_V = wide(args.V, args.r, 4);
-  const dim3 grid((args.M + Tile::kRows - 1) / Tile::kRows, (args.K + args.part_columns - 1) / args.part_columns);
+  const dim3 grid(unsigned(tiles), (args.K + args.part_columns - 1) / args.part_columns);
   return launch(householder_rows_kernel<X, R>, grid, Tile::kThreads, Tile::shared(args.x_stages), stream, args);
 }
 

@@ -1,4 +1,5 @@
-// Tiles of a few columns: V, P, S and the like in shared memory, swizzled, and their float64 product with the r x r core.
+// Tiles of a few columns, V, P, S and the like, in shared memory: their places, the operands made of them, and their
+// product with the r x r core in float64.
 #pragma once
 
 #include "cuda/householder.h"
@@ -12,6 +13,31 @@ template <int R>
 __device__ inline int place(int row, int column) {
   const int swizzle = (row ^ row >> 2) & 3;
   return row * R + (((column >> 3) ^ swizzle) << 3 | (column & 7));
+}
+
+__device__ inline void split_pairs(float2 upper, float2 lower, uint32_t (&a)[2][4]) {
+  split_tf32(upper.x, a[0][0], a[1][0]);
+  split_tf32(lower.x, a[0][1], a[1][1]);
+  split_tf32(upper.y, a[0][2], a[1][2]);
+  split_tf32(lower.y, a[0][3], a[1][3]);
+}
+
+// total += the product of two left operands and b = (2t, g), (2t + 1, g) of eight columns each; summed in float32 outside
+// of the tensor core after every sixteen.
+template <int kTerms>
+__device__ inline void products(float (&total)[4], const uint32_t (&a)[2][kTerms][4], const float (&b)[2][2]) {
+  float sum[4] = {};
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    uint32_t high[2], low[2];
+    cut_tf32(b[h][0], high[0], low[0]);
+    cut_tf32(b[h][1], high[1], low[1]);
+    mma_tf32(sum, a[h][0], low);
+    if (kTerms == 2) mma_tf32(sum, a[h][kTerms - 1], high);
+    mma_tf32(sum, a[h][0], high);
+  }
+#pragma unroll
+  for (int i = 0; i < 4; i++) total[i] += sum[i];
 }
 
 // Rows of r floats [begin, begin + n) of `from` [rows, r] into a tile whose columns up to the next multiple of 16 are

@@ -3,6 +3,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include <cstdint>
+
 namespace peftkern::cuda {
 
 struct Architecture {
@@ -32,8 +34,16 @@ inline Architecture architecture() {
   return found;
 }
 
+// Blocks that fill a large device, four to a multiprocessor. A constant: results must not depend on the device.
+constexpr int64_t kFill = 4 * 132;
+
 // r is padded to a multiple of 32 at compile time, columns beyond r are skipped in eights.
 constexpr int padded_rank(int r) { return r <= 32 ? 32 : r <= 64 ? 64 : 128; }
+
+// Whether rows `stride` apart can be read 16 bytes at a time.
+inline bool wide(const void* p, int64_t stride, int size) {
+  return (reinterpret_cast<uintptr_t>(p) | uint64_t(stride) * size) % 16 == 0;
+}
 
 // Launches kernel with more than 48 KiB of dynamic shared memory where it needs them. Returns the status.
 template <typename Kernel, typename Args>

@@ -59,4 +59,20 @@ def stream(tensor):
 
 def guard(tensor):
     """Context in which the tensor's device is the current one."""
-    return contextlib.nullcontext() if SIMULATED else torch.cuda.device(tensor.device)
+    if SIMULATED or tensor.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)
+
+
+@functools.cache
+def _kept_counters(device, _stream, count):
+    return torch.zeros(count, dtype=torch.int32, device=device)
+
+
+def counters(tensor, count):
+    """At least `count` int32 zeros for kernels that count their blocks and leave zeros again; one buffer per stream."""
+    count = -(-count // 64) * 64
+    # A graph under capture fills its memory when it is replayed, so it gets zeros of its own.
+    if SIMULATED or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.int32, device=tensor.device)
+    return _kept_counters(tensor.device, stream(tensor), count)
