@@ -1,5 +1,6 @@
 """What surrounds a call: gradcheck, what is saved, what is asked for, checkpointing, torch.func, autocast."""
 
+import devices
 import oracle
 import pytest
 import torch
@@ -30,14 +31,15 @@ def tensors(M=5, K=7, N=4, r=3, dtype=torch.float64, requires_grad=True):
     return [torch.randn(s, dtype=dtype).requires_grad_(requires_grad) for s in shapes]
 
 
+# Where a simulated device runs them, the Jacobians are compared along random directions instead of entry by entry.
 @pytest.mark.parametrize("r", (1, 3, 4))
 def test_gradcheck(backend, function, r):
-    assert torch.autograd.gradcheck(function, tensors(r=r))
+    assert torch.autograd.gradcheck(function, tensors(r=r), fast_mode=devices.simulated(backend))
 
 
 @pytest.mark.parametrize("r", (2, 3))
 def test_gradgradcheck(backend, function, r):
-    assert torch.autograd.gradgradcheck(function, tensors(r=r))
+    assert torch.autograd.gradgradcheck(function, tensors(r=r), fast_mode=devices.simulated(backend))
 
 
 def test_a_gradient_penalty_equals_the_oracle(backend):

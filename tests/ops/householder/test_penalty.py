@@ -73,6 +73,7 @@ def test_the_gradient_is_orthogonal_to_every_column_and_scales_inversely(backend
     assert oracle.error(du2 * 1e3, du) < 1e-12
 
 
+@pytest.mark.big
 def test_descending_it_makes_the_columns_orthogonal(backend):
     u = torch.randn(16, 5, dtype=torch.float64, requires_grad=True)
     for _ in range(300):
