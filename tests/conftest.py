@@ -4,6 +4,7 @@ import functools
 import os
 
 import devices
+import levels
 import pytest
 import torch
 
@@ -51,10 +52,15 @@ def backend(request):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
-    result = yield
-    served = item.stash.get(SERVED, None)
-    name = served and item.callspec.params["backend"]
-    if name in DEVICE_BACKENDS and name not in {backend for _, backend in served.operations}:
+    try:
+        result = yield
+    finally:
+        if served := item.stash.get(SERVED, None):
+            name = item.callspec.params["backend"]
+            operations = {operation for operation, backend in served.operations if backend == name}
+            if operations:
+                levels.proves(item, devices.level(name), name, operations)
+    if served and name in DEVICE_BACKENDS and not operations:
         reasons = "; ".join(f"{op}: {reason}" for op, reason in served.reasons.items())
         pytest.skip(f"backend {name} served no operation of this test" + (f" ({reasons})" if reasons else ""))
     return result
@@ -102,14 +108,18 @@ def pytest_collection_modifyitems(config, items):
 TOO_BIG = pytest.StashKey[int]()
 
 
+def pytest_addoption(parser):
+    group = parser.getgroup("levels of proof")
+    group.addoption("--write-levels", action="store_true", help="write what this run of all tests proves")
+    group.addoption(
+        "--levels-record", metavar="FILE", help="write to FILE what this run proves, for another run to read"
+    )
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(levels.Plugin(config))
+
+
 def pytest_terminal_summary(terminalreporter):
-    """Name what did not run here, and why: a green run without a backend must not read as a proof of it."""
-    reasons = [(name, missing(name)) for name in BACKENDS]
-    lines = [f"backend {name} did not run: {reason}" for name, reason in reasons if reason]
     if count := terminalreporter.config.stash.get(TOO_BIG, 0):
-        lines.append(f"{count} tests marked big need a device for the backends triton and cuda")
-    if not devices.ON_DEVICE:
-        lines.append("level 5 (kernels on a device) did not run: torch sees no CUDA or ROCm device")
-    terminalreporter.section("backends and levels")
-    for line in lines or ["every backend ran"]:
-        terminalreporter.write_line(line)
+        terminalreporter.write_line(f"{count} tests marked big were left out: they need a device for triton and cuda")

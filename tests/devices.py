@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
+from ptxvm import build
 
 from peftkern import dispatch
 
@@ -40,18 +41,21 @@ def missing(backend):
         return "writes no operation"
     if not simulated(backend):
         return _unavailable(backend)
-    if backend == "triton":
-        if importlib.util.find_spec("triton") is None:
-            return "Triton is not installed"
-        if INTERPRETED:
-            return None
     if backend == "cuda":
         import cuda_on_cpu
 
         return cuda_on_cpu.missing()
-    from ptxvm import build
+    return triton_missing() or (None if INTERPRETED or build.compiler() else "no C++ compiler (g++ or $CXX)")
 
-    return None if build.compiler() else "no C++ compiler (g++ or $CXX)"
+
+def triton_missing():
+    """Why no kernel of Triton can be compiled or interpreted; None if one can."""
+    return None if importlib.util.find_spec("triton") else "Triton is not installed"
+
+
+def nvcc_missing():
+    """Why no CUDA C++ can be compiled; None if some can."""
+    return None if build.nvcc() else "no nvcc ($NVCC, the PATH or $CUDA_HOME)"
 
 
 def _written(operation, backend):
