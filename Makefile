@@ -33,7 +33,7 @@ SOURCES := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 # The installed torch is written down once and handed to every later pip, so that no other package can replace it.
 INSTALL = $(PY) -m pip install --quiet --no-build-isolation -c $(STATE)/constraints.txt
 
-.PHONY: help install test test-all sanitize demo bench report gpu lint clean
+.PHONY: help install test test-all levels sanitize demo bench report gpu lint clean
 
 help:  ## list the verbs
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -61,6 +61,9 @@ test: $(STATE)/dev  ## run the tests (ARGS="-k householder" picks some)
 
 test-all: $(STATE)/dev  ## run the slow tests as well
 	OMP_NUM_THREADS=$(THREADS) HF_HUB_OFFLINE=1 $(PY) -m pytest -n $(WORKERS) --dist loadgroup -m "" $(ARGS)
+
+levels: $(STATE)/dev  ## run the tests and write down what they prove: peftkern/_proven.json and the README's table
+	OMP_NUM_THREADS=$(THREADS) HF_HUB_OFFLINE=1 $(PY) -m pytest -n $(WORKERS) --dist loadgroup --write-levels $(ARGS)
 
 SANITIZED := build/sanitize/lib
 

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import json
 import os
 import platform
 import re
@@ -14,6 +15,7 @@ from peftkern import _native, _versions
 FEATURES = """avx2 fma f16c avx512f avx512bw avx512vl avx512_bf16 avx512_fp16 amx_tile amx_bf16 amx_int8
 asimd asimdhp bf16 sve i8mm"""
 WIDTH = 118
+LEVELS = """Proven by tests (0 formulas, 1 C++, 2 Triton interpreted, 3 compiled, 4 PTX executed on the CPU, 5 on a GPU)"""
 
 
 def _read(path):
@@ -144,6 +146,15 @@ def backends(device_type, operations):
     return rows
 
 
+def proven():
+    """Pairs of operation and the levels proven for each backend, from the table that the test suite writes."""
+    table = json.loads(_read(Path(__file__).with_name("_proven.json")) or '{"levels": {}}')["levels"]
+    return [
+        (name, ", ".join(f"{backend} {'+'.join(map(str, levels))}" for backend, levels in sorted(row.items())))
+        for name, row in table.items()
+    ]
+
+
 def report():
     """The whole report as a list of lines."""
     import torch
@@ -155,6 +166,9 @@ def report():
     switches = [(name, os.environ[name]) for name in sorted(os.environ) if name.startswith("PEFTKERN_")]
     if switches:
         lines += ["", *_section("Switches in the environment", switches)]
+
+    if rows := proven():
+        lines += ["", *_section(LEVELS, rows)]
 
     operations = dispatch.operations()
     kinds = ["cpu", *(kind for kind in ("cuda", "xpu") if getattr(torch, kind).is_available())]
