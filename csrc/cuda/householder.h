@@ -26,6 +26,7 @@ struct Rows {
   int64_t z_stride;
   float* P;            // [parts, M, r] or null
   float* S;            // [M, r] or null
+  float* split;        // [row_parts(M, K), M, r]; where there are parts, z needs S as well
   const float* given;  // [M, r], taken for S: no sweep over x
   const float* saved;  // [M, r] or null, multiplied with saved_core into saved_out
   float* saved_out;
@@ -40,6 +41,9 @@ struct Rows {
   bool wide_x, wide_V, wide_z;
 };
 
+inline unsigned row_tiles(int64_t M) { return unsigned((M + 63) / 64); }
+int row_parts(int64_t M, int K);  // blocks that share the columns of 64 rows
+int finish_parts(const Rows& args, int parts, void* stream);
 int rows_float32(const Rows& args, void* stream);
 int rows_bfloat16(const Rows& args, void* stream);
 int rows_float16(const Rows& args, void* stream);

@@ -2,10 +2,12 @@
 //   P = x V [M, r],  S = P C [M, r] (float64 inside),  z = x + sign S V^T        x, z [M, K], V [K, r], C [r, r]
 //   with `given`:  S = given, z = x + sign S V^T (x may be null: an outer product);  with `saved`: saved_out = saved C'
 //
-// Launch: one block of 4 warps per 64 rows (and per `part_columns` columns, where V or the rows are few). Two sweeps over
-// the columns in chunks of 128 bytes: the first multiplies, the second updates, in the opposite order. A ring of chunks
-// of x in shared memory feeds the first; the second finds there what the ring still holds (all of x where it fits: one
-// read), and fetches the rest from where it was read last, the L2 cache. S stays in shared memory.
+// Launch: one block of 8 warps per 64 rows. Two sweeps over the columns in chunks of 128 bytes: the first multiplies, the
+// second updates, in the opposite order. A ring of chunks of x in shared memory feeds the first; the second finds there
+// what the ring still holds (all of x where it fits: one read), and fetches the rest from where it was read last, the L2
+// cache. S stays in shared memory. Two warps share 16 rows: in the first sweep they take turns with the columns of V, in
+// the second each has half of a chunk. Few rows do not fill a device: then blocks share the columns as well, the first
+// sweep leaves partial sums, a kernel of one warp per 8 rows adds them and takes P C, and a third launch updates.
 //
 // Bytes: x and z once each at least, s M K apiece, and P 4 M r. Requested: x a second time beyond the ring's chunks, and
 // V (4 K r) once per sweep and block, from L2. A tile of 16 rows would keep all of x for K = 4096 but ask L2 for V four
@@ -30,8 +32,9 @@ namespace peftkern::cuda {
 
 template <typename X, int R>
 struct RowTile {
-  static constexpr int kWarps = 4, kThreads = 32 * kWarps, kRows = 16 * kWarps;
+  static constexpr int kWarps = 8, kThreads = 32 * kWarps, kRows = 8 * kWarps;
   static constexpr int kVStages = 3;
+  static constexpr int kBlocks = R == 128 ? 1 : 2;  // on one multiprocessor, by registers
   // r = 128 takes half chunks, so that V's stages fit 99 KiB.
   static constexpr int kColumns = (R == 128 ? 64 : 128) / sizeof(X);
   // Rows of a chunk are apart by an odd multiple of 16 bytes (ldmatrix), or by 8 or 24 words of 32 (pairs of float32).
@@ -41,16 +44,13 @@ struct RowTile {
   static constexpr int shared(int x_stages) { return (kVStages * kVFloats + kSFloats) * 4 + x_stages * kXBytes; }
 };
 
-// Row and first column of the i-th piece of 16 bytes of a chunk, such that eight neighbours meet no bank twice.
-template <typename Tile>
+// Row and first column of the i-th piece of 16 bytes of rows that have kPieces, such that eight neighbours meet no bank
+// twice: they take one row of 128 bytes, else eight rows of half precision, or four rows of float32 and two pieces.
+template <typename Tile, int kPieces>
 __device__ inline void piece_of(int i, int& row, int& column) {
-  if constexpr (Tile::kPieces == 8) {
-    row = i / 8, column = i % 8 * Tile::kPiece;
-  } else if constexpr (Tile::kPiece == 8) {
-    row = i / 32 * 8 + i % 8, column = i % 32 / 8 * Tile::kPiece;
-  } else {
-    row = i / 32 * 8 + i % 4 + i / 8 % 2 * 4, column = (i / 4 % 2 + i / 16 % 2 * 2) * Tile::kPiece;
-  }
+  constexpr int kTall = kPieces == 8 ? 1 : Tile::kPiece, kAcross = kPieces * kTall / 8;
+  row = i / 8 / kAcross * kTall + i % kTall;
+  column = (i / 8 % kAcross * (8 / kTall) + i % 8 / kTall) * Tile::kPiece;
 }
 
 // Operand a of the products for 8 columns from `column` on, in the order 2t, 2t + 1 of every lane.
@@ -116,7 +116,8 @@ class RowBlock {
         column0(blockIdx.y * args.part_columns),
         columns(min(args.K - column0, args.part_columns)),
         chunks((columns + kColumns - 1) / kColumns),
-        warp(threadIdx.x / 32),
+        warp(threadIdx.x / 64),
+        half(threadIdx.x / 32 % 2),
         lane(threadIdx.x % 32) {
     V_ring = reinterpret_cast<float*>(shared);
     S = V_ring + kStages * Tile::kVFloats + warp * 16 * R;
@@ -124,24 +125,24 @@ class RowBlock {
   }
 
   __device__ void run() {
-    const int64_t row = row0 + 16 * warp;
+    // Of S, a warp owns 8 rows where rows are taken one by one.
+    float* own = S + 8 * half * R;
+    const int64_t row = row0 + 16 * warp + 8 * half;
     if (a.saved != nullptr && blockIdx.y == 0) {
-      load_small(a.saved);
-      times_core<R>(S, a.saved_core, a.r, lane);
-      store_rows<R>(S, a.saved_out, row, a.M, a.r, false, lane);
-      __syncwarp();
+      load_small(own, a.saved, row);
+      times_core<R>(own, a.saved_core, a.r, lane);
+      store_rows<R>(own, a.saved_out, row, a.M, a.r, false, lane);
+      __syncthreads();
     }
     if (a.given != nullptr) {
-      load_small(a.given);
+      load_small(own, a.given, row);
     } else {
       multiply();
-      if (a.P != nullptr) {
-        store_rows<R>(S, a.P + blockIdx.y * a.M * a.r, row, a.M, a.r, a.paired, lane);
-      }
+      if (a.P != nullptr) store_rows<R>(own, a.P + blockIdx.y * a.M * a.r, row, a.M, a.r, a.paired, lane);
       if (a.core.at == nullptr) return;
       __syncwarp();
-      times_core<R>(S, a.core, a.r, lane);
-      if (a.S != nullptr) store_rows<R>(S, a.S, row, a.M, a.r, false, lane);
+      times_core<R>(own, a.core, a.r, lane);
+      if (a.S != nullptr) store_rows<R>(own, a.S, row, a.M, a.r, false, lane);
     }
     if (a.z != nullptr) update();
   }
@@ -149,16 +150,16 @@ class RowBlock {
  private:
   const Rows& a;
   const int64_t row0;
-  const int column0, columns, chunks, warp, lane;
+  const int column0, columns, chunks, warp, half, lane;  // warp: of the 16 rows that two share
   float *V_ring, *S;
   char* x_ring;
 
   __device__ X* x_chunk(int c) const { return reinterpret_cast<X*>(x_ring + c % a.x_stages * Tile::kXBytes); }
   __device__ float* V_chunk(int c) const { return V_ring + c % kStages * Tile::kVFloats; }
 
-  // [M, r] from global memory to the warp's rows of S.
-  __device__ void load_small(const float* from) {
-    load_tile<R, 32>(S, from, row0 + 16 * warp, 16, a.M, a.r, false, lane);
+  // Eight rows of [M, r] from global memory to the warp's rows of S.
+  __device__ void load_small(float* own, const float* from, int64_t row) {
+    load_tile<R, 32>(own, from, row, 8, a.M, a.r, false, lane);
     copy_commit();
     copy_wait<0>();
     __syncwarp();
@@ -177,7 +178,7 @@ class RowBlock {
 #pragma unroll
       for (int i = threadIdx.x; i < Tile::kRows * kPieces; i += Tile::kThreads) {
         int row, column;
-        piece_of<Tile>(i, row, column);
+        piece_of<Tile, kPieces>(i, row, column);
         const int left = columns - c * kColumns - column;
         const int bytes = row0 + row < a.M ? max(0, min(left, kPiece)) * int(sizeof(X)) : 0;
         const X* from = x + (row0 + row) * a.x_stride + column0 + c * kColumns + column;
@@ -193,9 +194,9 @@ class RowBlock {
     }
   }
 
-  // S := x V on the warp's 16 rows.
+  // S := x V; of every two tiles of eight columns the warp takes one.
   __device__ void multiply() {
-    constexpr int kTiles = R / 8;
+    constexpr int kTiles = R / 16;
     const int g = lane / 4, t = lane % 4;
     float total[kTiles][4] = {};
     for (int c = 0; c < kStages - 1; c++) {
@@ -209,28 +210,29 @@ class RowBlock {
       copy_commit();
       const X* x = x_chunk(c) + 16 * warp * kStride;
       const float* V = V_chunk(c);
-#pragma unroll
+#pragma unroll 1
       for (int k = 0; k < kColumns; k += 16) {
         uint32_t left[2][Left<X>::kTerms][4];
         Left<X>::template load<kStride>(x, k, lane, left);
 #pragma unroll
         for (int n = 0; n < kTiles; n++) {
-          if (8 * n >= a.r) break;
+          const int column = 16 * n + 8 * half + g;
+          if (16 * n + 8 * half >= a.r) break;
           float right[2][2];
 #pragma unroll
-          for (int i = 0; i < 4; i++) right[i / 2][i % 2] = V[place<R>(k + i / 2 * 8 + 2 * t + i % 2, 8 * n + g)];
+          for (int i = 0; i < 4; i++) right[i / 2][i % 2] = V[place<R>(k + i / 2 * 8 + 2 * t + i % 2, column)];
           products(total[n], left, right);
         }
       }
     }
 #pragma unroll
     for (int n = 0; n < kTiles; n++) {
-      if (n / 2 * 16 >= a.r) break;
-      const int column = 8 * n + 2 * t;
+      if (16 * n >= a.r) break;
+      const int column = 16 * n + 8 * half + 2 * t;
       *reinterpret_cast<float2*>(S + place<R>(g, column)) = make_float2(total[n][0], total[n][1]);
       *reinterpret_cast<float2*>(S + place<R>(g + 8, column)) = make_float2(total[n][2], total[n][3]);
     }
-    __syncwarp();
+    __syncthreads();
   }
 
   // z = x + sign S V^T, from the last chunk to the first.
@@ -254,10 +256,12 @@ class RowBlock {
     }
   }
 
+  // The warp's half of a chunk.
   __device__ void update_chunk(int c) {
-    constexpr int kTiles = kColumns / 8;
+    constexpr int kTiles = kColumns / 16;
     const int g = lane / 4, t = lane % 4;
     const float* V = V_chunk(c);
+    const int first = half * (kColumns / 2) + g;
     float total[kTiles][4] = {};
 #pragma unroll 1
     for (int j = 0; j < a.r; j += 16) {
@@ -273,37 +277,38 @@ class RowBlock {
         float right[2][2];
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-          const float2 v = *reinterpret_cast<const float2*>(V + place<R>(8 * n + g, column + 8 * h));
+          const float2 v = *reinterpret_cast<const float2*>(V + place<R>(first + 8 * n, column + 8 * h));
           right[h][0] = v.x, right[h][1] = v.y;
         }
         products(total[n], left, right);
       }
     }
-    X* x = x_chunk(c) + 16 * warp * kStride;
+    X* x = x_chunk(c) + 16 * warp * kStride + first - g;
 #pragma unroll
     for (int n = 0; n < kTiles; n++)
 #pragma unroll
-      for (int half = 0; half < 2; half++) {
-        X* at = x + (g + 8 * half) * kStride + 8 * n + 2 * t;
+      for (int lower = 0; lower < 2; lower++) {
+        X* at = x + (g + 8 * lower) * kStride + 8 * n + 2 * t;
         float v[2] = {};
         if (a.x != nullptr) load_pair(at, v);
-        store_pair(at, v[0] + a.sign * total[n][2 * half], v[1] + a.sign * total[n][2 * half + 1]);
+        store_pair(at, v[0] + a.sign * total[n][2 * lower], v[1] + a.sign * total[n][2 * lower + 1]);
       }
     __syncwarp();
     store_chunk(x, c);
   }
 
-  // The warp's 16 rows of a chunk to z.
+  // 16 rows of half a chunk to z.
   __device__ void store_chunk(const X* chunk, int c) {
     X* z = static_cast<X*>(a.z);
+    const int begin = c * kColumns + half * (kColumns / 2);
 #pragma unroll
-    for (int i = lane; i < 16 * kPieces; i += 32) {
+    for (int i = lane; i < 16 * kPieces / 2; i += 32) {
       int row, column;
-      piece_of<Tile>(i, row, column);
-      const int left = columns - c * kColumns - column;
+      piece_of<Tile, kPieces / 2>(i, row, column);
+      const int left = columns - begin - column;
       if (row0 + 16 * warp + row >= a.M) continue;
       const X* from = chunk + row * kStride + column;
-      X* to = z + (row0 + 16 * warp + row) * a.z_stride + column0 + c * kColumns + column;
+      X* to = z + (row0 + 16 * warp + row) * a.z_stride + column0 + begin + column;
       if (a.wide_z && left >= kPiece) {
         *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
       } else {
@@ -314,20 +319,18 @@ class RowBlock {
 };
 
 template <typename X, int R>
-__global__ void __launch_bounds__(RowTile<X, R>::kThreads) householder_rows_kernel(const __grid_constant__ Rows args) {
+__global__ void __launch_bounds__(RowTile<X, R>::kThreads, RowTile<X, R>::kBlocks)
+    householder_rows_kernel(const __grid_constant__ Rows args) {
   extern __shared__ __align__(16) char shared[];
   RowBlock<X, R>(args, shared).run();
 }
 
 template <typename X, int R>
-int launch_rows(Rows args, void* stream) {
+int launch_sweeps(Rows args, int parts, void* stream) {
   using Tile = RowTile<X, R>;
   const Architecture arch = architecture();
   const auto fitting = [](int bytes) { return (bytes - Tile::shared(0)) / Tile::kXBytes; };
-  const int64_t tiles = (args.M + Tile::kRows - 1) / Tile::kRows;
-  // An update's columns are independent: blocks share them where the rows alone do not fill a device.
-  const int64_t parts = args.given == nullptr ? 1 : std::max<int64_t>(1, std::min(kFill / tiles, int64_t(args.K) / 256));
-  args.part_columns = parts == 1 ? args.K : int((args.K + 64 * parts - 1) / (64 * parts) * 64);
+  args.part_columns = parts == 1 ? args.K : int((args.K + int64_t(64) * parts - 1) / (64 * parts) * 64);
   const int chunks = (args.part_columns + Tile::kColumns - 1) / Tile::kColumns;
   // All of x where one block may have it, else a ring that leaves room for a second block.
   const bool both = args.given == nullptr && args.z != nullptr;
@@ -337,8 +340,24 @@ int launch_rows(Rows args, void* stream) {
   args.wide_x = wide(args.x, args.x_stride, sizeof(X));
   args.wide_z = wide(args.z, args.z_stride, sizeof(X));
   args.wide_V = wide(args.V, args.r, 4);
-  const dim3 grid(unsigned(tiles), (args.K + args.part_columns - 1) / args.part_columns);
+  const dim3 grid(row_tiles(args.M), (args.K + args.part_columns - 1) / args.part_columns);
   return launch(householder_rows_kernel<X, R>, grid, Tile::kThreads, Tile::shared(args.x_stages), stream, args);
+}
+
+template <typename X, int R>
+int launch_rows(const Rows& args, void* stream) {
+  const int parts = row_parts(args.M, args.K);
+  if (args.given != nullptr) return launch_sweeps<X, R>(args, parts, stream);
+  if (parts == 1) return launch_sweeps<X, R>(args, 1, stream);
+  Rows first = args;
+  first.P = args.split, first.z = nullptr, first.S = nullptr, first.saved = nullptr, first.core.at = nullptr;
+  first.paired = false;
+  if (const int status = launch_sweeps<X, R>(first, parts, stream)) return status;
+  if (const int status = finish_parts(args, parts, stream)) return status;
+  if (args.z == nullptr) return 0;
+  Rows second = args;
+  second.given = args.S, second.saved = nullptr;
+  return launch_sweeps<X, R>(second, parts, stream);
 }
 
 template <typename X>

@@ -1,4 +1,7 @@
-// Two small kernels of the householder family.
+// Small kernels of the householder family.
+//
+// Where few rows are split over blocks by their columns (householder_rows.cuh): P = sum of the parts, in their order,
+// and S = P C, also of a saved P. Launch: 8 warps per 64 rows; 4 M r bytes for each part and each result, the least.
 //
 // Pair basis (README.md, eq. 9): Vp = [(v0 + v1) / 2, v0 - v1, ...] [K, r] float32, Cp = E T^T E^T [r, r] float64. One
 // launch of 256 threads per 1024 numbers; 8 K r + 16 r^2 bytes, which is the least.
@@ -9,10 +12,58 @@
 // float64 activations are for tests of gradients; their products gain nothing from fusion, so there is none.
 
 #include "cuda/householder.h"
+#include "cuda/small.cuh"
 #include "cuda/tiles.h"
 #include "cuda/warp.cuh"
 
 namespace peftkern::cuda {
+
+int row_parts(int64_t M, int K) {
+  const int64_t tiles = row_tiles(M);
+  if (tiles == 0 || tiles >= kFill / 6) return 1;
+  const int64_t parts = kFill / 2 / tiles, most = K / 256;
+  return int(parts < most ? parts : most < 1 ? 1 : most);
+}
+
+template <int R>
+__global__ void __launch_bounds__(256) householder_parts_kernel(const __grid_constant__ Rows a, int parts) {
+  __shared__ __align__(16) float tile[64 * R];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int64_t row0 = int64_t(blockIdx.x) * 64 + 8 * warp;
+  float* own = tile + 8 * warp * R;
+  const auto fill = [&](const float* from, int count) {
+    for (int i = lane; i < 8 * R; i += 32) {
+      const int row = i / R, column = i % R;
+      float sum = 0;
+      if (row0 + row < a.M && column < a.r) {
+        for (int p = 0; p < count; p++) sum += from[(p * a.M + row0 + row) * a.r + column];
+      }
+      own[place<R>(row, column)] = sum;
+    }
+    __syncwarp();
+  };
+  if (a.saved != nullptr) {
+    fill(a.saved, 1);
+    times_core<R>(own, a.saved_core, a.r, lane);
+    store_rows<R>(own, a.saved_out, row0, a.M, a.r, false, lane);
+    __syncwarp();
+  }
+  fill(a.split, parts);
+  if (a.P != nullptr) store_rows<R>(own, a.P, row0, a.M, a.r, a.paired, lane);
+  if (a.core.at == nullptr || a.S == nullptr) return;
+  __syncwarp();
+  times_core<R>(own, a.core, a.r, lane);
+  store_rows<R>(own, a.S, row0, a.M, a.r, false, lane);
+}
+
+int finish_parts(const Rows& args, int parts, void* stream) {
+  const auto kernel = padded_rank(args.r) == 32   ? householder_parts_kernel<32>
+                      : padded_rank(args.r) == 64 ? householder_parts_kernel<64>
+                                                  : householder_parts_kernel<128>;
+  void* arguments[] = {const_cast<Rows*>(&args), &parts};
+  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(row_tiles(args.M)), dim3(256), arguments, 0,
+                          static_cast<cudaStream_t>(stream));
+}
 
 __global__ void __launch_bounds__(256) householder_pair_basis_kernel(const __grid_constant__ PairBasis a) {
   const int64_t i = int64_t(blockIdx.x) * 256 + threadIdx.x, count = int64_t(a.K) * a.r;

@@ -9,9 +9,10 @@ namespace peftkern::cuda {
 
 // Place of (row, column) in a tile of R columns of float32: blocks of eight columns are permuted within a row, so that
 // lanes (g, t) meet no bank twice when they read rows 2t, columns g, nor when they read pairs of columns 2t of rows g.
+// Rows eight apart are permuted alike.
 template <int R>
 __device__ inline int place(int row, int column) {
-  const int swizzle = (row ^ row >> 2) & 3;
+  const int swizzle = (row ^ (row >> 2 & 1)) & 3;
   return row * R + (((column >> 3) ^ swizzle) << 3 | (column & 7));
 }
 
@@ -63,12 +64,12 @@ __device__ inline void load_tile(float* tile, const float* from, int64_t begin, 
   }
 }
 
-// The 16 rows of one warp's tile to `out` [rows, r] from row `begin` on. paired: columns 2a and 2a + 1 hold mean and
+// Eight rows of a warp's tile to `out` [rows, r] from row `begin` on. paired: columns 2a and 2a + 1 hold mean and
 // difference of two columns, and the two columns are written.
 template <int R>
 __device__ inline void store_rows(const float* tile, float* out, int64_t begin, int64_t rows, int r, bool paired,
                                   int lane) {
-  for (int row = 0; row < 16 && begin + row < rows; row++) {
+  for (int row = 0; row < 8 && begin + row < rows; row++) {
     for (int column = lane; column < r; column += 32) {
       float v = tile[place<R>(row, column)];
       if (paired && (column | 1) < r) {
@@ -80,7 +81,7 @@ __device__ inline void store_rows(const float* tile, float* out, int64_t begin, 
   }
 }
 
-// tile := tile C on one warp's 16 rows, in float64. C is block triangular in tiles of eight: a lower core needs only
+// tile := tile C on eight rows of one warp, in float64. C is block triangular in tiles of eight: a lower core needs only
 // columns at and right of the one it writes, so the product is taken in place, from the left (an upper one from the
 // right).
 template <int R>
@@ -90,22 +91,17 @@ __device__ inline void times_core(float* tile, const Core& C, int r, int lane) {
     const int jt = C.lower ? step : tiles - 1 - step;
     const int first = C.lower ? jt : 0, last = C.lower ? tiles - 1 : jt;
     const int j = 8 * jt + g;
-    double sum[2][2] = {};
+    double even[2] = {}, odd[2] = {};
     for (int it = first; it <= last; it++) {
       const int i = 8 * it + 2 * t;
-      const float2 upper = *reinterpret_cast<const float2*>(tile + place<R>(g, i));
-      const float2 lower = *reinterpret_cast<const float2*>(tile + place<R>(g + 8, i));
+      const float2 v = *reinterpret_cast<const float2*>(tile + place<R>(g, i));
       const double* c = C.at + i * C.row + j * C.column;
-      const double b0 = i < r && j < r ? c[0] : 0.0, b1 = i + 1 < r && j < r ? c[C.row] : 0.0;
-      mma_f64(sum[0], upper.x, b0);
-      mma_f64(sum[1], lower.x, b0);
-      mma_f64(sum[0], upper.y, b1);
-      mma_f64(sum[1], lower.y, b1);
+      mma_f64(even, v.x, i < r && j < r ? c[0] : 0.0);
+      mma_f64(odd, v.y, i + 1 < r && j < r ? c[C.row] : 0.0);
     }
     __syncwarp();
-    const int column = 8 * jt + 2 * t;
-    *reinterpret_cast<float2*>(tile + place<R>(g, column)) = make_float2(float(sum[0][0]), float(sum[0][1]));
-    *reinterpret_cast<float2*>(tile + place<R>(g + 8, column)) = make_float2(float(sum[1][0]), float(sum[1][1]));
+    *reinterpret_cast<float2*>(tile + place<R>(g, 8 * jt + 2 * t)) =
+        make_float2(float(even[0] + odd[0]), float(even[1] + odd[1]));
     __syncwarp();
   }
 }

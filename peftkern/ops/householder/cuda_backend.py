@@ -86,12 +86,16 @@ def _run_rows(M, like, V, x=None, z=None, P=None, S=None, core=None, given=None,
     """P = x V, S = P C, z = x + sign S V^T, as far as there is a tensor for it (csrc/cuda/householder_rows.cuh)."""
     if M == 0:
         return
-    K, r = V.shape
+    (K, r), library, split = V.shape, _cuda.library(), None
+    if given is None and (parts := library.householder_row_parts(M, K)) > 1:
+        split = V.new_empty(parts, M, r)
+        S = V.new_empty(M, r) if S is None and z is not None else S
     with _cuda.guard(V):
-        _cuda.library().householder_rows(
+        library.householder_rows(
             _CODES[like.dtype], _pointer(x), _stride(x), V.data_ptr(), _pointer(z), _stride(z), _pointer(P),
-            _pointer(S), _pointer(given), _pointer(saved), _pointer(saved_out), core and core.arguments(),
-            saved_core and saved_core.arguments(), M, K, r, sign, paired, _cuda.stream(V),
+            _pointer(S), _pointer(split), _pointer(given), _pointer(saved), _pointer(saved_out),
+            core and core.arguments(), saved_core and saved_core.arguments(), M, K, r, sign,
+            paired, _cuda.stream(V),
         )
 
 
