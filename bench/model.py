@@ -132,6 +132,8 @@ def layer(case: Case, backend: str, precision: str, family: str) -> dict[str, li
 
     `fast` calls the frozen layer on the rotated rows; `exact` contains the frozen layer's products.
     """
+    if precision == "exact" and not case.half:
+        raise NoCosts("in fp32 exact is fast")
     names = (FACTOR[case.kind][0], *ROWS[precision], FACTOR[case.kind][1])
     parts = {name: launches_of(name, backend, case, family) for name in names}
     if precision == "fast":

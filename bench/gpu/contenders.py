@@ -24,7 +24,7 @@ class Serving:
     """An order of backends, with its own choices kept: a contender switches to it and back without choosing anew."""
 
     def __init__(self, first: str, device_type: str):
-        self.device_type = device_type
+        self.first, self.device_type = first, device_type
         rest = dispatch.PREFERENCE["cuda"]
         self.order = (first, *rest[rest.index(first) + 1 :])
         self._kept: dict[str, dict] = {}
@@ -43,6 +43,14 @@ class Serving:
             dispatch.PREFERENCE[self.device_type] = order
             for name, operation in operations.items():
                 operation._serving = before[name]
+
+    def failed(self) -> list[str]:
+        """Operations that the first backend began to serve and left to the next one, each with what went wrong."""
+        return [
+            f"{name}: {operation._broken[self.first]}"
+            for name, operation in dispatch.operations().items()
+            if self.first in operation._broken and self._kept.get(name)
+        ]
 
     def served(self) -> dict[str, str]:
         """Which backend served each operation so far."""
@@ -86,6 +94,8 @@ def build(name: str, problem: Problem, device) -> Contender:
         return _layer(arms.build(name, problem), problem)
     backend, precision = name.split("-")
     _check_backend(backend, device)
+    if precision == "exact" and not problem.case.half:
+        raise NotAvailable("in fp32 exact is fast")
     contender = _layer(_peftkern(name, precision, problem), problem)
     contender.serving = Serving(backend, device.kind)
     return contender

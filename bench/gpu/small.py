@@ -6,7 +6,6 @@ python -m bench.gpu.small cuda
 from __future__ import annotations
 
 import sys
-from contextlib import nullcontext
 
 from bench.arms import NotAvailable
 from bench.cases import Case, make_problem
@@ -35,9 +34,11 @@ def run(backend: str, device) -> list[str]:
         except NotAvailable as reason:
             left_out.append(f"{case.kind}: {reason}")
             continue
-        with contender.serving() if contender.serving else nullcontext():
+        with contender.serving():
             for stage in contender.stages:
                 stage()
+        if contender.serving.failed():
+            raise RuntimeError("; ".join(contender.serving.failed()))
         device.release()
     return left_out
 

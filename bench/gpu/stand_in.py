@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import re
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import torch
 
 # cudaErrorInsufficientDriver, cudaErrorNoDevice: what a launcher meets last on a machine without a GPU.
 _NO_DEVICE = re.compile(r"\(CUDA error (35|100)\)")
+SOURCES = Path(__file__).parents[2] / "csrc"
 _FIRST_DEVICE = 1 << 21  # Triton keeps compiled kernels per device number
 
 
@@ -117,7 +119,14 @@ def missing() -> dict[str, str]:
     library, reason = _native.cuda()
     if library is None:
         reasons["cuda"] = reason
+    elif not is_current(Path(library.__file__)):
+        reasons["cuda"] = "the CUDA library here is older than its sources; run python setup.py build_ext --inplace"
     return reasons
+
+
+def is_current(library: Path) -> bool:
+    """Whether a built library is newer than all native sources."""
+    return library.stat().st_mtime > max(path.stat().st_mtime for path in SOURCES.rglob("*") if path.is_file())
 
 
 @contextmanager

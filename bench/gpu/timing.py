@@ -101,6 +101,8 @@ def _prepare(name: str, problem: Problem, device, reference) -> tuple[Contender,
         device.release()
         info["peak_bytes"] = device.peak_bytes(lambda: [stage() for stage in contender.stages])
     if contender.serving:
+        if contender.serving.failed():
+            raise RuntimeError("; ".join(contender.serving.failed()))
         info["served"] = contender.serving.served()
     return contender, info, found
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -122,7 +123,7 @@ def test_a_contender_that_kills_the_process_is_named_and_the_rest_goes_on(run, m
         return next(statuses), "somebody crashed\n"
 
     monkeypatch.setattr(steps, "process", process)
-    run.dry = False
+    run.dry, run.card = False, {"name": "a card"}
     step = steps.timing(run)
     assert len(commands) == 2
     assert step.data["ended"] == {planned[1].id: {"cuda": "ended the process with signal SIGSEGV: somebody crashed"}}
@@ -173,6 +174,25 @@ def test_contenders_that_fail_are_refused_with_a_sentence_and_the_others_are_tim
     rows = timing.as_rows(measured)
     (frozen,) = [row["extra_info"] for row in rows if row["extra_info"]["arm"] == "frozen"]
     assert frozen["refused"] == measured.refused and frozen["not_available"] == measured.absent
+
+
+def test_a_backend_that_failed_gives_its_name_to_no_figure_of_the_next_one(monkeypatch):
+    from peftkern import dispatch
+
+    if stand_in.missing().get("triton") or missing("triton"):
+        pytest.skip("no triton backend here")
+    rotate = dispatch.operations()["rotate"]
+
+    def fails(*args):
+        raise RuntimeError("does not compile")
+
+    with StandIn().backends(), pytest.warns(UserWarning, match="does not compile"):
+        monkeypatch.setattr(rotate.backend("triton")[0], "rotate", fails)
+        monkeypatch.setattr(rotate, "_broken", {})
+        measured = timing.measure_case(replace(SMALL, dtype="bf16+fp32"), StandIn(), 0.01)
+    # The exact precision does not call it.
+    assert "does not compile" in measured.refused["triton-fast"]
+    assert {"triton-exact", "reference-fast"} <= set(measured.samples)
 
 
 def test_a_device_that_is_lost_is_not_used_again():
