@@ -15,6 +15,9 @@ from peftkern.ops.householder import triton_tiles as tiles
 
 MAX_RANK = 128
 
+# The kernels that sum products over lanes run with enable_fp_fusion=False: fused, two lanes that hold the same sum
+# round it differently, and which of them writes it is a race.
+
 # How many bfloat16 terms hold a number of this dtype; float64 rows are taken as they are.
 _TERMS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3, torch.float64: 1}
 
@@ -172,15 +175,26 @@ def _gradient_of_factor(P, Q, reverse):
     return _reduce(_gram(left, right, False), dT, negate=True)
 
 
-def _update(y, x, S, R_terms, V_terms, z, partial, r, z_terms, y_stride, x_stride, per_split, tile):
-    M, K = x.numel() // V_terms.shape[1], V_terms.shape[1]
-    grid = (_cdiv(K, tile.cols), _cdiv(M, per_split))
-    _kernels().update_kernel[grid](
-        y if y is not None else x, x, S, R_terms, V_terms, z if z is not None else x, partial, M, K, r, y_stride,
-        x_stride, R_terms.stride(0), V_terms.stride(0), per_split, y is not None, z is not None,
-        partial.dim() == 3, _TERMS[x.dtype], R_terms.shape[0], z_terms, R_terms.shape[2], tile.rows, tile.cols,
-        _aligned(K, y_stride, x_stride), num_warps=tile.warps, num_stages=tile.stages,
+def _update(y, x, S, R_terms, V_terms, z, partial, per_split, tile):
+    """z = y - R V^T if there is a z, and partial sums of -(y^T S + x^T R) if there is a place for them; y, S or None.
+
+    y and x are (rows, stride).
+    """
+    (y_rows, y_stride), (rows, stride) = y or x, x
+    M, K = R_terms.shape[1], V_terms.shape[1]
+    out = z if z is not None else rows
+    dV = partial if partial is not None else V_terms.new_empty(0, dtype=_sum_dtype(rows.dtype))
+    _kernels().update_kernel[(_cdiv(K, tile.cols), _cdiv(M, per_split))](
+        y_rows, rows, S if S is not None else R_terms, R_terms, V_terms, out, dV, M, K,
+        partial.shape[2] if partial is not None else 1, y_stride, stride, R_terms.stride(0), V_terms.stride(0),
+        per_split, y is not None, S is not None, z is not None, partial is not None, _TERMS[rows.dtype],
+        R_terms.shape[0], _z_terms(rows.dtype), R_terms.shape[2], tile.rows, tile.cols,
+        _aligned(K, y_stride, stride), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
+
+
+def _sum_dtype(dtype):
+    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 def _z_terms(dtype):
@@ -195,7 +209,7 @@ def wy_factor(V):
     with _triton.guard(V):
         partial = _gram(V, V, True)
         work = V.new_empty(2, R, R, dtype=torch.float64)
-        _kernels().invert_kernel[(1,)](partial, work, T, r, partial.shape[0], R, num_warps=4)
+        _kernels().invert_kernel[(1,)](partial, work, T, r, partial.shape[0], R, num_warps=4, enable_fp_fusion=False)
     return T
 
 
@@ -221,7 +235,7 @@ def rotate(x, V, T, reverse):
         partial = _project(rows, stride, M, K, r, V_terms, V.dtype)
         S, P = _core(partial, T if reverse else T.mT, z_terms, keep=True)
         tile = tiles.update(_triton.family(), x.dtype, V_terms.shape[2])
-        _update(rows, rows, S, S, V_terms, z, P, r, z_terms, stride, stride, tile.rows, tile)
+        _update((rows, stride), (rows, stride), None, S, V_terms, z, None, tile.rows, tile)
     return z, P
 
 
@@ -245,26 +259,21 @@ def rotate_backward(dz, x, P, V, T, reverse, output_mask):
     dx = _like_rows(dz) if want_dx else dz.new_empty(0)
     if M == 0 or not (want_dx or want_dV):
         return _empty_gradients(dx, V, want_dV)
-    (rows, stride), (dz_rows, dz_stride) = _rows(x, K), _rows(dz, K)
+    rows, dz_rows, P = _rows(x, K), _rows(dz, K), P.contiguous()
     family, terms = _triton.family(), _terms_of(V.dtype)
     C = T if reverse else T.mT
     with _triton.guard(x):
         V_terms = _split(V, V.stride(), terms)
         tile = tiles.update(family, x.dtype, V_terms.shape[2])
         per_split = _row_splits(family, M, K, tile) if want_dV else tile.rows
-        Q = _project(dz_rows, dz_stride, M, K, r, V_terms, V.dtype)
+        Q = _project(*dz_rows, M, K, r, V_terms, V.dtype)
         R_terms, Q = _core(Q, C.mT, terms, keep=True)
-        partial, S = Q, R_terms
-        if want_dV:
-            S = _core(P.contiguous()[None], C, terms)
-            partial = V.new_empty(_cdiv(M, per_split), K, r)
-        _update(
-            dz_rows, rows, S, R_terms, V_terms, dx if want_dx else None, partial, r, _z_terms(x.dtype), dz_stride,
-            stride, per_split, tile,
-        )  # fmt: skip
+        S = _core(P[None], C, terms) if want_dV else None
+        partial = V.new_empty(_cdiv(M, per_split), K, r) if want_dV else None
+        _update(dz_rows, rows, S, R_terms, V_terms, dx if want_dx else None, partial, per_split, tile)
         if not want_dV:
             return dx, V.new_empty(0), T.new_empty(0)
-        return dx, _reduce(partial, V.new_empty(K, r)), _gradient_of_factor(P.contiguous(), Q, reverse)
+        return dx, _reduce(partial, V.new_empty(K, r)), _gradient_of_factor(P, Q, reverse)
 
 
 def rotated_linear(x, weight, bias, V, T):
@@ -301,26 +310,62 @@ def rotated_linear_backward(dy, x, weight, P, V, T, output_mask):
     dx = _like_rows(x) if want_dx else x.new_empty(0)
     if M == 0 or not (want_dx or want_dV):
         return _empty_gradients(dx, V, want_dV)
-    (rows, stride), (dy_rows, dy_stride), (W, W_stride) = _rows(x, K), _rows(dy, N), _rows(weight, K)
-    P = P.contiguous()
+    rows, dy_rows, W, P = _rows(x, K), _rows(dy, N), _rows(weight, K), P.contiguous()
+    tile = tiles.linear_backward(_triton.family(), x.dtype, M, tiles.rank(r))
     with _triton.guard(x):
         V_terms = _split(V, V.stride(), 3)
-        WV = _gathered(_project(W, W_stride, N, K, r, V_terms, V.dtype))
-        Q = _project(dy_rows, dy_stride, M, N, r, _split(WV, WV.stride(), 3), V.dtype)
-        R_terms, Q = _core(Q, T, 3, keep=True)
-        S = _core(P[None], T.mT, 3) if want_dV else R_terms
-        tile = tiles.linear_backward(_triton.family(), M, S.shape[2])
-        tiles_m = _cdiv(M, tile.rows)
-        partial = V.new_empty(tiles_m, K, r) if want_dV else Q
-        _kernels().linear_backward_kernel[(tiles_m * _cdiv(K, tile.cols),)](
-            dy_rows, W, rows, S, R_terms, V_terms, dx if want_dx else rows, partial, M, N, K, r, dy_stride, W_stride,
-            stride, S.stride(0), V_terms.stride(0), want_dx, want_dV, _TERMS[x.dtype], 3, S.shape[2],
-            tile.rows, tile.cols, tile.depth, tiles.GROUP, _aligned(K, N, stride, dy_stride, W_stride), tile.stages,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+        WV = _gathered(_project(*W, N, K, r, V_terms, V.dtype))
+        Q = _project(*dy_rows, M, N, r, _split(WV, WV.stride(), 3), V.dtype)
+        R_terms, Q = _core(Q, T, 3, negate=tile is not None, keep=True)
+        S = _core(P[None], T.mT, 3, negate=tile is not None) if want_dV else None
+        fused = _linear_backward if tile is not None else _linear_backward_in_steps
+        partial = fused(dy_rows, W, rows, S, R_terms, V_terms, dx if want_dx else None, r, tile)
         if not want_dV:
             return dx, V.new_empty(0), T.new_empty(0)
         return dx, _reduce(partial, V.new_empty(K, r)), _gradient_of_factor(P, Q, False)
+
+
+def _linear_backward(dy, W, x, S, R_terms, V_terms, dx, r, tile):
+    """Partial sums of dV, and dx: dz = dy W does not leave the registers. S and R_terms are negated."""
+    (dy_rows, dy_stride), (W_rows, W_stride), (rows, stride) = dy, W, x
+    M, (N, K), R = R_terms.shape[1], W_rows.shape, R_terms.shape[2]
+    tiles_m, columns = _cdiv(M, tile.rows), _cdiv(K, tile.cols)
+    row_tiles = tiles.row_tiles(_triton.family(), tiles_m, columns) if S is not None else 1
+    programs = _cdiv(tiles_m, row_tiles)
+    partial = rows.new_empty(programs, K, r, dtype=torch.float32) if S is not None else None
+    _kernels().linear_backward_kernel[(programs * columns,)](
+        dy_rows, W_rows, rows, S if S is not None else R_terms, R_terms, V_terms, dx if dx is not None else rows,
+        partial if partial is not None else R_terms, M, N, K, r, dy_stride, W_stride, stride, R_terms.stride(0),
+        V_terms.stride(0), row_tiles, dx is not None, S is not None, _TERMS[rows.dtype], 3, tiles.dx_terms(K, r), R,
+        tile.rows, tile.cols, tile.depth, tiles.GROUP, _aligned(K, N, stride, dy_stride, W_stride), tile.stages,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return partial
+
+
+def _linear_backward_in_steps(dy, W, x, S, R_terms, V_terms, dx, r, _):
+    """The same from the library's product, dV = -W^T (dy^T S) - x^T R, where the fused product has no good tile."""
+    (dy_rows, _), (W_rows, _), (rows, _) = dy, W, x
+    (N, K), M, family, R = W_rows.shape, R_terms.shape[1], _triton.family(), R_terms.shape[2]
+    tile = tiles.update(family, rows.dtype, R)
+    partial = None
+    splits_x = splits_w = 0
+    if S is not None:
+        per_x, per_w, per_y = (_row_splits(family, *shape, tile) for shape in ((M, K), (N, K), (M, N)))
+        splits_x, splits_w = _cdiv(M, per_x), _cdiv(N, per_w)
+        partial = rows.new_empty(splits_x + splits_w, K, r, dtype=torch.float32)
+    if dx is not None:
+        torch.matmul(dy_rows.reshape(M, N), W_rows, out=dx.view(M, K))
+    dz = (dx.view(M, K), K) if dx is not None else None
+    _update(dz, x, None, R_terms, V_terms, dx, partial[:splits_x] if S is not None else None,
+            per_x if S is not None else tile.rows, tile)  # fmt: skip
+    if S is not None:
+        minus_dyS = rows.new_empty(_cdiv(M, per_y), N, r, dtype=torch.float32)
+        _update(None, dy, None, S, V_terms.new_empty(0, N, R), None, minus_dyS, per_y, tile)
+        minus_dyS = _gathered(minus_dyS)
+        dyS = _split(minus_dyS, minus_dyS.stride(), 3, negate=True)
+        _update(None, W, None, dyS, V_terms, None, partial[splits_x:], per_w, tile)
+    return partial
 
 
 def project(x, V):
@@ -339,18 +384,14 @@ def project_backward(dP, x, V, output_mask):
     dx = _like_rows(x) if want_dx else x.new_empty(0)
     if M == 0 or not (want_dx or want_dV):
         return _empty_gradients(dx, V, want_dV)[:2]
-    rows, stride = _rows(x, K)
-    family, terms = _triton.family(), _terms_of(V.dtype)
+    rows, family, terms = _rows(x, K), _triton.family(), _terms_of(V.dtype)
     with _triton.guard(x):
         V_terms = _split(V, V.stride(), terms)
         minus_dP = _split(dP, dP.stride(), terms, negate=True)
         tile = tiles.update(family, x.dtype, V_terms.shape[2])
         per_split = _row_splits(family, M, K, tile) if want_dV else tile.rows
-        partial = V.new_empty(_cdiv(M, per_split), K, r) if want_dV else dP
-        _update(
-            None, rows, minus_dP, minus_dP, V_terms, dx if want_dx else None, partial, r, _z_terms(x.dtype), stride,
-            stride, per_split, tile,
-        )  # fmt: skip
+        partial = V.new_empty(_cdiv(M, per_split), K, r) if want_dV else None
+        _update(None, rows, None, minus_dP, V_terms, dx if want_dx else None, partial, per_split, tile)
         return dx, _reduce(partial, V.new_empty(K, r)) if want_dV else V.new_empty(0)
 
 
@@ -359,8 +400,9 @@ def orthogonality_penalty(V, squared):
     with _triton.guard(V):
         partial = _gram(V, V, True)
         _kernels().penalty_kernel[(1,)](
-            partial, partial, total, V.shape[1], partial.shape[0], squared, False, tiles.rank(V.shape[1]), num_warps=4
-        )
+            partial, partial, total, V.shape[1], partial.shape[0], squared, False, tiles.rank(V.shape[1]), num_warps=4,
+            enable_fp_fusion=False,
+        )  # fmt: skip
     return total
 
 
@@ -370,6 +412,6 @@ def orthogonality_penalty_backward(grad, V, squared):
     with _triton.guard(V):
         partial = _gram(V, V, True)
         _kernels().penalty_kernel[(1,)](
-            partial, grad, M, r, partial.shape[0], squared, True, tiles.rank(r), num_warps=4
+            partial, grad, M, r, partial.shape[0], squared, True, tiles.rank(r), num_warps=4, enable_fp_fusion=False
         )
         return _times(V, M)

@@ -211,12 +211,12 @@ def _gradient_of_columns(b_x, p_s, m_s, step, b_dv, A: tl.constexpr, B: tl.const
 @triton.jit
 def update_kernel(
     p_y, p_x, p_s, p_r, p_v, p_z, p_dv, M, K, r, s_y, s_x, step_m, step_v, per_split,
-    WITH_Y: tl.constexpr, WANT_Z: tl.constexpr, WANT_DV: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
-    Z_TERMS: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, ALIGNED: tl.constexpr,
+    WITH_Y: tl.constexpr, WITH_S: tl.constexpr, WANT_Z: tl.constexpr, WANT_DV: tl.constexpr, A: tl.constexpr,
+    B: tl.constexpr, Z_TERMS: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """z = y - R V^T and partial sums of dV = -(y^T S + x^T R) [splits, K, r] over ranges of rows. R, S, V as terms.
 
-    Forward: y = x, R = x V C, no dV. Backward: y = dz. Without y (WITH_Y false): z = -R V^T, dV = -x^T R.
+    Forward: y = x, R = x V C, no dV. Backward: y = dz. Without y: z = -R V^T; without S: dV = -x^T R.
     Launch: (K / BK, splits). Bytes: y, x, z once; R and S once per column tile, V once per split.
     """
     i_s = tl.program_id(1)
@@ -245,7 +245,7 @@ def update_kernel(
             tl.store(p_z + o_m * K + o_k[None, :], b_z.to(p_z.dtype.element_ty), mask=mask)
         if WANT_DV:
             b_x = tl.load(p_x + o_m * s_x + o_k[None, :], mask=mask, other=0.0)
-            if WITH_Y:
+            if WITH_S:
                 b_dv = _gradient_of_columns(b_y, p_s + o_m * R + o_r[None, :], m_m, step_m, b_dv, A, B)
             b_dv = _gradient_of_columns(b_x, p_r + o_m * R + o_r[None, :], m_m, step_m, b_dv, A, B)
     if WANT_DV:
@@ -293,43 +293,61 @@ def linear_kernel(
 
 
 @triton.jit
-def linear_backward_kernel(
-    p_dy, p_w, p_x, p_s, p_r, p_v, p_dx, p_dv, M, N, K, r, s_dy, s_w, s_x, step_m, step_v,
-    WANT_DX: tl.constexpr, WANT_DV: tl.constexpr, A: tl.constexpr, B: tl.constexpr, R: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, ALIGNED: tl.constexpr,
-    STAGES: tl.constexpr,
+def _backward_tail(
+    b_dz, p_x, p_s, p_r, p_v, p_dx, b_dv, o_m, o_k, M, K, s_x, step_m, step_v,
+    WANT_DX: tl.constexpr, WANT_DV: tl.constexpr, A: tl.constexpr, B: tl.constexpr, DX_TERMS: tl.constexpr,
+    R: tl.constexpr,
 ):  # fmt: skip
-    """dz = dy W stays in registers: dx = dz - R V^T, and partial sums of dV = -(dz^T S + x^T R) [M / BM, K, r].
+    """dx and the sum of dV from some columns of dz."""
+    o_r = tl.arange(0, R)
+    m_m, m_k = o_m < M, o_k[None, :] < K
+    p_rs = p_r + o_m * R + o_r[None, :]
+    if WANT_DV:
+        b_dv = _gradient_of_columns(b_dz, p_s + o_m * R + o_r[None, :], m_m, step_m, b_dv, 3, B)
+        b_x = tl.load(p_x + o_m * s_x + o_k[None, :], mask=m_m & m_k, other=0.0)
+        b_dv = _gradient_of_columns(b_x, p_rs, m_m, step_m, b_dv, A, B)
+    if WANT_DX:
+        p_vt = p_v + o_k[None, :] * R + o_r[:, None]
+        b_dz = _terms_times_terms(p_rs, m_m, step_m, p_vt, m_k, step_v, b_dz, DX_TERMS)
+        tl.store(p_dx + o_m * K + o_k[None, :], b_dz.to(p_dx.dtype.element_ty), mask=m_m & m_k)
+    return b_dv
 
-    Launch: (M / BM)(K / BK) programs, grouped. Flops: 2MNK, + 6MKR for dx, + 12MKR + 6MKR for dV (A = 1). Bytes: dy
-    K / BK times, W M / BM times (from L2), x and dx once, 4 (M / BM) K r of partial sums.
+
+@triton.jit
+def linear_backward_kernel(
+    p_dy, p_w, p_x, p_s, p_r, p_v, p_dx, p_dv, M, N, K, r, s_dy, s_w, s_x, step_m, step_v, row_tiles,
+    WANT_DX: tl.constexpr, WANT_DV: tl.constexpr, A: tl.constexpr, B: tl.constexpr, DX_TERMS: tl.constexpr,
+    R: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr,
+    ALIGNED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dz = dy W stays in registers: dx = dz + R V^T, and partial sums of dV = dz^T S + x^T R; R and S come negated.
+
+    Launch: (M / BM / row_tiles)(K / BK) programs, grouped; each takes row_tiles tiles of rows in turn and writes one
+    partial sum [BK, r]. Flops: 2MNK, + 2 or 6 MKR for dx, + 12MKR + 6MKR for dV (A = 1). Bytes: dy K / BK times,
+    W M / BM times (from L2), x and dx once.
     """
-    i_m, i_k = _tile(tl.cdiv(M, BM), tl.cdiv(K, BK), GROUP)
+    i_m, i_k = _tile(tl.cdiv(M, BM * row_tiles), tl.cdiv(K, BK), GROUP)
     N, s_dy, s_w = _eights(N, ALIGNED), _eights(s_dy, ALIGNED), _eights(s_w, ALIGNED)
     K, s_x = _eights(K, ALIGNED), _eights(s_x, ALIGNED)
-    o_m, o_k = (i_m * BM + tl.arange(0, BM)).to(tl.int64)[:, None], i_k * BK + tl.arange(0, BK)
-    o_n, o_r = tl.arange(0, BN), tl.arange(0, R)
-    m_m, m_k = o_m < M, o_k < K
-    p_dys, p_ws = p_dy + o_m * s_dy + o_n[None, :], p_w + o_n[:, None].to(tl.int64) * s_w + o_k[None, :]
-    b_dz = tl.zeros((BM, BK), tl.float32)
-    for n in tl.range(0, N, BN, num_stages=STAGES):
-        m_n = n + o_n < N
-        b_dy = tl.load(p_dys + n, mask=m_m & m_n[None, :], other=0.0)
-        b_w = tl.load(p_ws + tl.cast(n, tl.int64) * s_w, mask=m_n[:, None] & m_k[None, :], other=0.0)
-        b_dz = _dot(b_dy, b_w, b_dz)
-    p_rs = p_r + o_m * R + o_r[None, :]
-    if WANT_DX:
-        b_dx = tl.zeros((BM, BK), tl.float32)
-        p_vt = p_v + o_k[None, :] * R + o_r[:, None]
-        b_dx = b_dz - _terms_times_terms(p_rs, m_m, step_m, p_vt, m_k[None, :], step_v, b_dx, 2)
-        tl.store(p_dx + o_m * K + o_k[None, :], b_dx.to(p_dx.dtype.element_ty), mask=m_m & m_k[None, :])
+    o_i, o_k, o_n, o_r = tl.arange(0, BM), i_k * BK + tl.arange(0, BK), tl.arange(0, BN), tl.arange(0, R)
+    p_ws = p_w + o_n[:, None].to(tl.int64) * s_w + o_k[None, :]
+    b_dv = tl.zeros((BK, R), tl.float32)
+    for i in range(0, row_tiles):
+        o_m = ((i_m * row_tiles + i) * BM + o_i).to(tl.int64)[:, None]
+        p_dys = p_dy + o_m * s_dy + o_n[None, :]
+        b_dz = tl.zeros((BM, BK), tl.float32)
+        for n in tl.range(0, N, BN, num_stages=STAGES):
+            m_n = n + o_n < N
+            b_dy = tl.load(p_dys + n, mask=(o_m < M) & m_n[None, :], other=0.0)
+            b_w = tl.load(p_ws + tl.cast(n, tl.int64) * s_w, mask=m_n[:, None] & (o_k[None, :] < K), other=0.0)
+            b_dz = _dot(b_dy, b_w, b_dz)
+        b_dv = _backward_tail(
+            b_dz, p_x, p_s, p_r, p_v, p_dx, b_dv, o_m, o_k, M, K, s_x, step_m, step_v,
+            WANT_DX, WANT_DV, A, B, DX_TERMS, R,
+        )  # fmt: skip
     if WANT_DV:
-        b_dv = tl.zeros((BK, R), tl.float32)
-        b_dv = _gradient_of_columns(b_dz, p_s + o_m * R + o_r[None, :], m_m, step_m, b_dv, 3, B)
-        b_x = tl.load(p_x + o_m * s_x + o_k[None, :], mask=m_m & m_k[None, :], other=0.0)
-        b_dv = _gradient_of_columns(b_x, p_rs, m_m, step_m, b_dv, A, B)
-        o_v = (i_m.to(tl.int64) * K + o_k[:, None]) * r + o_r[None, :]
-        tl.store(p_dv + o_v, -b_dv, mask=m_k[:, None] & (o_r[None, :] < r))
+        p_dv += i_m.to(tl.int64) * K * r + o_r[None, :]
+        tl.store(p_dv + o_k[:, None] * r, b_dv, mask=(o_k[:, None] < K) & (o_r[None, :] < r))
 
 
 @triton.jit

@@ -39,7 +39,9 @@ def project(family, dtype, M, R):
         return Tile(_row_bucket(M, 64), 0, 32, 4, 2)
     if family == "sm86":
         return Tile(_row_bucket(M, 64), 0, 32 if R > 64 else 64, 4, 2 if R > 32 else 3)
-    return Tile(_row_bucket(M, 128), 0, 32 if R > 64 else 64, 4, {16: 4, 32: 4, 64: 3}.get(R, 3))
+    rows = _row_bucket(M, 128)
+    warps = 8 if rows == 128 and (R > 32 or dtype is torch.float16) else 4
+    return Tile(rows, 0, 32 if R > 64 else 64, warps, 4 if R < 64 else 3)
 
 
 def splits(family, programs, length, least):
@@ -53,7 +55,7 @@ def update(family, dtype, R):
         return Tile(16, 32, 0, 4, 1)
     if dtype is torch.float32:
         return Tile(32, 64 if R < 128 else 32, 0, 4, 1)
-    return Tile(64, 64 if R < 128 else 32, 0, 4, 1 if family in _SMALL_SHARED else 2)
+    return Tile(64, 64 if R < 64 else 32, 0, 4 if R < 32 else 8, 1 if family in _SMALL_SHARED else 2)
 
 
 def linear(family, M, R):
@@ -61,25 +63,41 @@ def linear(family, M, R):
     small = _row_bucket(M, 128)
     if small < 128:
         return Tile(small, 64, 64, 4, 2 if family in _SMALL_SHARED else 3)
+    if R == 128 and family in ("sm80", "sm86"):
+        return Tile(64, 128, 32, 8, 3)
     return {
-        "sm80": Tile(128, 128, 32, 4, 4),
+        "sm80": Tile(128, 128, 32, 8, 4),
         "sm86": Tile(128, 128, 32, 8, 3),
         "sm90": Tile(128, 256, 64, 8, 4),
         "sm100": Tile(128, 256, 64, 8, 3),
     }.get(family, Tile(128, 128, 32, 8, 2))
 
 
-def linear_backward(family, M, R):
-    """rows of dy, columns of W, N per step."""
+def linear_backward(family, dtype, M, R):
+    """rows of dy, columns of W, N per step; None where the library's product and two more passes are the better way.
+
+    The tail keeps dz and its terms in registers: wider tiles than these spill, and narrower ones read L2 too often.
+    """
+    widest = {"sm80": 32, "sm86": 32, "sm90": 64 if dtype is torch.bfloat16 else 32}.get(family, 0)
+    if widest < R:
+        return None
     small = _row_bucket(M, 64)
     if small < 64:
         return Tile(small, 64, 32, 4, 2)
-    return {
-        "sm80": Tile(128, 128, 32, 8, 4),
-        "sm86": Tile(64, 64, 32, 4, 3),
-        "sm90": Tile(128, 128, 64, 8, 4),
-        "sm100": Tile(128, 128, 64, 8, 4),
-    }.get(family, Tile(64, 64, 32, 4, 2))
+    return {"sm80": Tile(128, 64, 32, 8, 4), "sm86": Tile(64, 64, 32, 4, 3), "sm90": Tile(128, 128, 64, 8, 4)}[family]
+
+
+def row_tiles(family, tiles_m, tiles_k):
+    """Row tiles that one program of the backward product takes in turn: fewer partial sums, still two waves."""
+    return max(1, min(8, tiles_m * tiles_k // (2 * _PROGRAMS[family])))
+
+
+def dx_terms(K, r):
+    """Terms of the two factors of R V^T in dx, which is rounded to half precision.
+
+    One adds at most 4 r / K of the variance of that rounding; where that is not small, two add nothing.
+    """
+    return 1 if 32 * r <= K else 2
 
 
 GROUP = 8
