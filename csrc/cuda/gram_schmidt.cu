@@ -212,7 +212,7 @@ __device__ inline double* again_flag(const OrthonormalFactor& f) {
 __device__ inline double rounding_of(const OrthonormalFactor& f) { return 8 * double(f.K) * 0x1p-52; }
 
 template <typename C, int R>
-__global__ void __launch_bounds__(kThreads) gram_schmidt_gram_kernel(const __grid_constant__ OrthonormalFactor f) {
+__global__ void __launch_bounds__(kThreads, 1) gram_schmidt_gram_kernel(const __grid_constant__ OrthonormalFactor f) {
   constexpr int kRows = tile_rows(R);
   extern __shared__ __align__(16) double tile[];
   Gram<R> gram;
@@ -234,7 +234,7 @@ static __device__ void store_twos(double* T, const double* U, int r) {
 }
 
 template <typename C, int R>
-__global__ void __launch_bounds__(kThreads) gram_schmidt_factor_kernel(const __grid_constant__ OrthonormalFactor f) {
+__global__ void __launch_bounds__(kThreads, 1) gram_schmidt_factor_kernel(const __grid_constant__ OrthonormalFactor f) {
   constexpr int kRows = tile_rows(R);
   extern __shared__ __align__(16) double tile[];
   __shared__ Vectors vectors;
@@ -291,7 +291,7 @@ __device__ inline void multiply_in_place(C* data, int begin, int end, int r, dou
 
 // Blocks beyond f.blocks take kRows rows of B each.
 template <typename C, int R>
-__global__ void __launch_bounds__(kThreads) gram_schmidt_again_kernel(const __grid_constant__ OrthonormalFactor f) {
+__global__ void __launch_bounds__(kThreads, 1) gram_schmidt_again_kernel(const __grid_constant__ OrthonormalFactor f) {
   constexpr int kRows = tile_rows(R);
   extern __shared__ __align__(16) double tile[];
   __shared__ Vectors vectors;
@@ -309,7 +309,7 @@ __global__ void __launch_bounds__(kThreads) gram_schmidt_again_kernel(const __gr
 }
 
 template <typename C, int R>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     gram_schmidt_backward_kernel(const __grid_constant__ OrthonormalFactorBackward f) {
   constexpr int kRows = tile_rows(R), kPairs = kRows / 16, kItems = (R / 8 * kPairs + kWarps - 1) / kWarps;
   extern __shared__ __align__(16) double tile[];
