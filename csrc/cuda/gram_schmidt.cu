@@ -51,9 +51,14 @@ __device__ inline void load_rows(double* tile, const Columns& from, int begin, i
       if (begin + row < end && column < r)
         *reinterpret_cast<uint4*>(piece) =
             *reinterpret_cast<const uint4*>(data + (begin + row) * from.stride_k + column);
-#pragma unroll
-      for (int e = 0; e < kPiece; e += 2)
-        *reinterpret_cast<double2*>(tile + row * ld + column + e) = make_double2(piece[e], piece[e + 1]);
+      // Half of every eight lanes start at the second pair, so that eight lanes meet all banks once.
+      double* to = tile + row * ld + column;
+      const int first = kPiece == 4 ? threadIdx.x / 2 & 2 : 0;
+      *reinterpret_cast<double2*>(to + first) =
+          first ? make_double2(piece[kPiece - 2], piece[kPiece - 1]) : make_double2(piece[0], piece[1]);
+      if (kPiece == 4)
+        *reinterpret_cast<double2*>(to + 2 - first) =
+            first ? make_double2(piece[0], piece[1]) : make_double2(piece[kPiece - 2], piece[kPiece - 1]);
     }
   } else {
     for (int item = threadIdx.x; item < kRows * width; item += kThreads) {
@@ -112,8 +117,14 @@ static __device__ double eliminate(const double* partial, int blocks, int r, dou
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   for (int item = thread; item < packed(r); item += kThreads) {
     double sum = 0;
-#pragma unroll 4
-    for (int b = 0; b < blocks; b++) sum += partial[int64_t(b) * packed(r) + item];
+    // Sixteen loads in flight, added in order.
+    for (int first = 0; first < blocks; first += 16) {
+      double share[16];
+#pragma unroll
+      for (int b = 0; b < 16; b++) share[b] = first + b < blocks ? partial[int64_t(first + b) * packed(r) + item] : 0.0;
+#pragma unroll
+      for (int b = 0; b < 16; b++) sum += share[b];
+    }
     U[item] = sum;
   }
   __syncthreads();
@@ -316,15 +327,22 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, r = f.r, ld = tile_stride(r);
   double* Q = tile + kRows * ld;
   const int begin = blockIdx.x * kRows, end = min(begin + kRows, f.K);
-  load_rows<kRows, C>(tile, f.dQ, begin, end, r, f.wide_dQ);
-  load_rows<kRows, C>(Q, f.Q, begin, end, r, f.wide_Q);
+  load_rows<kRows, C>(Q, f.Q, begin, end, r, f.wide);
   __syncthreads();
-  // tile := Y = dQ - 2 Q (dT + dT^T), each element by the thread that holds its sum.
+  const C* dQ = static_cast<const C*>(f.dQ.at);
+  // tile := Y = dQ - 2 Q (dT + dT^T).
 #pragma unroll
   for (int n = 0; n < kItems; n++) {
     const int item = n * kWarps + threadIdx.x / 32, left = item / kPairs * 8, row = item % kPairs * 16 + g;
     if (left >= r) continue;
-    double sum[2][2] = {};
+    double sum[2][2];
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        const int k = begin + row + 8 * h, column = left + 2 * t + e;
+        sum[h][e] = k < end && column < r ? double(dQ[k * f.dQ.stride_k + column * f.dQ.stride_r]) : 0.0;
+      }
 #pragma unroll 4
     for (int k = 0; k < r; k += 4) {
       const int i = k + t, j = left + g;
@@ -333,10 +351,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       mma_f64(sum[1], Q[(row + 8) * ld + i], s);
     }
 #pragma unroll
-    for (int h = 0; h < 2; h++) {
-      double2& y = *reinterpret_cast<double2*>(tile + (row + 8 * h) * ld + left + 2 * t);
-      y = make_double2(y.x + sum[h][0], y.y + sum[h][1]);
-    }
+    for (int h = 0; h < 2; h++)
+      *reinterpret_cast<double2*>(tile + (row + 8 * h) * ld + left + 2 * t) = make_double2(sum[h][0], sum[h][1]);
   }
   __syncthreads();
   C* dV = static_cast<C*>(f.dV);
@@ -416,8 +432,7 @@ int orthonormal_factor(OrthonormalFactor f, void* stream) {
 }
 
 int orthonormal_factor_backward(OrthonormalFactorBackward f, void* stream) {
-  f.wide_dQ = is_wide(f.dQ, f.r, f.is_double ? 8 : 4);
-  f.wide_Q = is_wide(f.Q, f.r, f.is_double ? 8 : 4);
+  f.wide = is_wide(f.Q, f.r, f.is_double ? 8 : 4);
   return run_any(f, stream);
 }
 

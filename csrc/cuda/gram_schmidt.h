@@ -34,7 +34,7 @@ struct OrthonormalFactorBackward {
   int K, r;
   bool is_double;
   // Set by the launcher.
-  bool wide_dQ, wide_Q;
+  bool wide;
 };
 int orthonormal_factor_backward(OrthonormalFactorBackward args, void* stream);
 
