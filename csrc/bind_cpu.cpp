@@ -154,11 +154,11 @@ static void bind_blocks(py::module_& m) {
     block_kernels(level).rotate_backward(rows(dz, dtype, dz_stride), rows(x, dtype, x_stride), M, R_VALUE, transpose,
                                          raw(dx), raw(dR), threads);
   });
-  m.def("skew_polynomial", [](int level, int threads, Pointer q, int dtype, int64_t S, int b,
-                              const std::vector<double>& c, Pointer R) {
-    py::gil_scoped_release unlocked;
-    block_kernels(level).polynomial(small_batch(q, dtype, S, b, true), c.data(), int(c.size()), raw(R), threads);
-  });
+  m.def("skew_polynomial",
+        [](int level, int threads, Pointer q, int dtype, int64_t S, int b, const std::vector<double>& c, Pointer R) {
+          py::gil_scoped_release unlocked;
+          block_kernels(level).polynomial(small_batch(q, dtype, S, b, true), c.data(), int(c.size()), raw(R), threads);
+        });
   m.def("skew_polynomial_backward", [](int level, int threads, Pointer dR, Pointer q, int dtype, int64_t S, int b,
                                        const std::vector<double>& c, Pointer dq) {
     py::gil_scoped_release unlocked;
@@ -169,23 +169,23 @@ static void bind_blocks(py::module_& m) {
     py::gil_scoped_release unlocked;
     block_kernels(level).cayley(small_batch(a, dtype, S, b, packed), raw(R), threads);
   });
-  m.def("cayley_backward", [](int level, int threads, Pointer dR, Pointer R, int dtype, int64_t S, int b, bool packed,
-                              Pointer out) {
-    py::gil_scoped_release unlocked;
-    block_kernels(level).cayley_backward(raw(dR), small_batch(R, dtype, S, b, false), packed, raw(out), threads);
-  });
+  m.def("cayley_backward",
+        [](int level, int threads, Pointer dR, Pointer R, int dtype, int64_t S, int b, bool packed, Pointer out) {
+          py::gil_scoped_release unlocked;
+          block_kernels(level).cayley_backward(raw(dR), small_batch(R, dtype, S, b, false), packed, raw(out), threads);
+        });
   m.def("scale_outputs", [](int level, int threads, Pointer y, int dtype, int64_t M, int64_t y_stride, int64_t N,
                             Pointer s, Pointer bias, Pointer out) {
     py::gil_scoped_release unlocked;
     block_kernels(level).scale(rows(y, dtype, y_stride), M, N, raw(s), raw(bias), raw(out), threads);
   });
-  m.def("scale_outputs_backward", [](int level, int threads, Pointer dy, int64_t dy_stride, Pointer y, int dtype,
-                                     int64_t M, int64_t y_stride, int64_t N, Pointer s, Pointer bias, Pointer dy0,
-                                     Pointer ds) {
-    py::gil_scoped_release unlocked;
-    block_kernels(level).scale_backward(rows(dy, dtype, dy_stride), rows(y, dtype, y_stride), M, N, raw(s), raw(bias),
-                                        raw(dy0), raw(ds), threads);
-  });
+  m.def("scale_outputs_backward",
+        [](int level, int threads, Pointer dy, int64_t dy_stride, Pointer y, int dtype, int64_t M, int64_t y_stride,
+           int64_t N, Pointer s, Pointer bias, Pointer dy0, Pointer ds) {
+          py::gil_scoped_release unlocked;
+          block_kernels(level).scale_backward(rows(dy, dtype, dy_stride), rows(y, dtype, y_stride), M, N, raw(s),
+                                              raw(bias), raw(dy0), raw(ds), threads);
+        });
 }
 
 PYBIND11_MODULE(_native_cpu, m) {

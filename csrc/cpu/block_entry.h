@@ -70,14 +70,8 @@ inline void scale_backward_entry(const Rows& dy, const Rows& y, int64_t M, int64
 }
 
 const BlockKernels block_kernels = {
-    rotate_blocks_entry,
-    rotate_blocks_backward_entry,
-    polynomial_entry,
-    polynomial_backward_entry,
-    cayley_entry,
-    cayley_backward_entry,
-    scale_entry,
-    scale_backward_entry,
+    rotate_blocks_entry, rotate_blocks_backward_entry, polynomial_entry, polynomial_backward_entry,
+    cayley_entry,        cayley_backward_entry,        scale_entry,      scale_backward_entry,
 };
 
 }  // namespace PEFTKERN_ISA

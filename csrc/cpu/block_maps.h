@@ -52,7 +52,7 @@ void for_blocks(int64_t S, int b, int count, int threads, Work work) {
 
 template <class C>
 Columns<const C> whole(const C* A, int64_t bp, int b) {
-  return {A, A, bp, b};
+  return {A, A + b, bp, b};
 }
 
 template <class C>

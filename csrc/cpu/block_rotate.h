@@ -8,7 +8,7 @@
 
 #include "../common/buffer.h"
 #include "../common/threads.h"
-#include "block_tiles.h"
+#include "block_windows.h"
 #include "rotate.h"
 
 namespace peftkern {
@@ -16,7 +16,8 @@ namespace PEFTKERN_ISA {
 
 constexpr int64_t kRotateChunk = 256;  // columns of a tile: 32 rows of them and their blocks stay in cache
 
-// The blocks in the order of application, rows padded to whole vectors; in place where R already is that.
+// The blocks in the order of application: of each stage rows padded to whole vectors (in place where R already is
+// that), or the coefficients of its windows.
 template <class C>
 class BlockPanels {
  public:
@@ -31,56 +32,88 @@ class BlockPanels {
         stored(R.stored),
         bp(round_up(R.b, W)),
         size(bp * R.b),
+        whole_windows(R.K % W == 0),
         transpose_(transpose),
         in_place_(bp == R.b && transpose == reverse),
-        data_(in_place_ ? static_cast<const C*>(R.data) : nullptr),
-        packed_(in_place_ ? 0 : R.f * R.stored * bp * R.b) {
-    if (in_place_) return;
-    const C* source = static_cast<const C*>(R.data);
-    int64_t count = int64_t(f) * stored;
-    bool flip = transpose != reverse;
-    threads = useful_threads(threads, count, count * size * 4);
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t j = 0; j < count; j++) {
-      const C* from = source + j * b * b;
-      C* to = packed_.data() + j * size;
-      for (int k = 0; k < b; k++)
-        for (int64_t c = 0; c < bp; c++) to[k * bp + c] = c >= b ? 0 : flip ? from[c * b + k] : from[k * b + c];
+        source_(static_cast<const C*>(R.data)),
+        packed_(R.f * stage_size()),
+        lanes_(R.f * 16 * W) {
+    for (int s = 0; s < f; s++) {
+      if (windows(s))
+        pack_windows(s, transpose != reverse, threads);
+      else if (!in_place_)
+        pack_blocks(s, transpose != reverse, threads);
     }
   }
 
   // Stage that is applied at step t.
   int stage(int t) const { return transpose_ ? t : f - 1 - t; }
-  const C* block(int t, int64_t j) const {
-    const C* base = data_ ? data_ : packed_.data();
-    return base + (stage(t) * stored + (stored == 1 ? 0 : j)) * size;
+  bool windows(int stage) const { return whole_windows && windows_serve<C>(b, stage); }
+  // Numbers of one stage, packed either way.
+  int64_t stage_size() const { return blocks * size; }
+  const C* coefficients(int stage) const { return packed_.data() + stage * stage_size(); }
+  // The permutations of the windows of a stage.
+  const typename Shuffle<C>::index* lanes(int stage) const { return lanes_.data() + stage * 16 * W; }
+  const C* block(int stage, int64_t j) const {
+    if (stored == 1) j = 0;
+    return in_place_ ? source_ + (stage * stored + j) * size : coefficients(stage) + j * size;
   }
-
   // Whether step t can write rows of a dtype where they belong: no rounding, and no store beyond a block.
   bool writes_in_place(int t, Dtype dtype) const {
-    return dtype == dtype_of<C>::value && (bp == b || stage(t) > 0);
+    return dtype == dtype_of<C>::value && (bp == b || stage(t) > 0 || windows(0));
   }
 
   const int f, b, half;
   const int64_t blocks, stored, bp, size;
+  const bool whole_windows;
 
  private:
+  void pack_blocks(int stage, bool flip, int threads) {
+    const C* source = source_ + stage * stored * b * b;
+    C* target = packed_.data() + stage * stage_size();
+    threads = useful_threads(threads, stored, stored * size * 4);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t j = 0; j < stored; j++) {
+      const C* from = source + j * b * b;
+      C* to = target + j * size;
+      for (int k = 0; k < b; k++)
+        for (int64_t c = 0; c < bp; c++) to[k * bp + c] = c >= b ? 0 : flip ? from[c * b + k] : from[k * b + c];
+    }
+  }
+
+  void pack_windows(int stage, bool flip, int threads) {
+    const C* source = source_ + stage * stored * b * b;
+    C* target = packed_.data() + stage * stage_size();
+    WindowLayout layout(b, stage, W);
+    WindowTables<C> tables(layout, flip, stored == 1);
+    int64_t count = layout.count(blocks * b);
+    int numbers = layout.vectors() * W;
+    memcpy(lanes_.data() + stage * 16 * W, tables.lanes, sizeof tables.lanes);
+    threads = useful_threads(threads, count, count * numbers);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t w = 0; w < count; w++) {
+      const C* from = source + (stored == 1 ? 0 : layout.first_block(w) * b * b);
+      for (int i = 0; i < numbers; i++) target[w * numbers + i] = from[tables.entries[i]];
+    }
+  }
+
   const bool transpose_, in_place_;
-  const C* data_;
+  const C* source_;
   Buffer<C> packed_;
+  Buffer<typename Shuffle<C>::index> lanes_;
 };
 
-// Columns that a tile takes at once: whole groups of the last stage, about kRotateChunk.
+// Columns that a tile takes at once: whole groups of the last stage, half as many where several stages need tiles.
 inline int64_t rotate_chunk(const Blocks& R) {
-  int64_t unit = int64_t(R.b) << (R.f - 1), chunk = unit < kRotateChunk ? kRotateChunk / unit * unit : unit;
+  int64_t unit = int64_t(R.b) << (R.f - 1), wanted = R.f == 1 ? kRotateChunk : kRotateChunk / 2;
+  int64_t chunk = unit < wanted ? wanted / unit * unit : unit;
   return chunk < R.K ? chunk : R.K;
 }
 
-// Columns [c0, c0 + cols) of a row block as C with `pad` readable columns behind them; in place where `direct`.
+// Columns [c0, c0 + cols) of a row block as C, zeros up to ld. Copied where the dtypes agree too: rows that lie a power
+// of two apart would share few sets of the cache.
 template <class C>
-Tile<C> read_tile(const Rows& x, int64_t row0, int rows, int64_t c0, int64_t cols, bool direct, C* scratch,
-                  int64_t ld) {
-  if (direct) return {reinterpret_cast<const C*>(address(x, row0, c0)), x.stride};
+Tile<C> read_tile(const Rows& x, int64_t row0, int rows, int64_t c0, int64_t cols, C* scratch, int64_t ld) {
   for (int i = 0; i < rows; i++) {
     const char* src = address(x, row0 + i, c0);
     C* dst = scratch + i * ld;
@@ -102,6 +135,35 @@ inline void write_split(char* high, char* low, Dtype dtype, const float* src, in
 }
 inline void write_split(char*, char*, Dtype, const double*, int, double*) {}
 
+// Brings the lines of a tile near before its turn: the hardware follows fewer rows than a tile has.
+inline void prefetch_tile(const Rows& x, int64_t row0, int rows, int64_t c0, int64_t cols, bool write) {
+  int64_t bytes = cols * int64_t(dtype_size(x.dtype));
+  for (int i = 0; i < rows; i++) {
+    const char* line = address(x, row0 + i, c0);
+    for (int64_t o = 0; o < bytes; o += 64) {
+      if (write)
+        __builtin_prefetch(line + o, 1);
+      else
+        __builtin_prefetch(line + o);
+    }
+  }
+}
+
+// Tiles of all columns of a run of rows, row blocks outermost.
+struct TileOrder {
+  int64_t first_row, end, K, chunk, chunks;
+  TileOrder(int64_t first_row, int64_t end, int64_t K, int64_t chunk)
+      : first_row(first_row), end(end), K(K), chunk(chunk), chunks(ceil_div(K, chunk)) {}
+  int64_t count() const { return ceil_div(end - first_row, kBlock) * chunks; }
+  int64_t row(int64_t task) const { return first_row + task / chunks * kBlock; }
+  int64_t column(int64_t task) const { return task % chunks * chunk; }
+  int rows(int64_t task) const { return min_int(kBlock, end - row(task)); }
+  int64_t columns(int64_t task) const { return K - column(task) < chunk ? K - column(task) : chunk; }
+  void prefetch(int64_t task, const Rows& x, bool write) const {
+    if (task < count()) prefetch_tile(x, row(task), rows(task), column(task), columns(task), write);
+  }
+};
+
 // Rows of a tile to columns c0 on of z, in one, two or three terms K columns apart.
 template <class C>
 void write_tile(Tile<C> tile, int rows, const Rows& z, int64_t row0, int64_t c0, int64_t cols, int64_t K, int terms,
@@ -121,7 +183,7 @@ void write_tile(Tile<C> tile, int rows, const Rows& z, int64_t row0, int64_t c0,
 // Where block j of a stage lies in a tile of whole groups.
 template <class C, class Element>
 Columns<Element> block_columns(const BlockPanels<C>& R, int stage, int64_t j, Element* tile, int64_t ld) {
-  if (stage == 0) return {tile + j * R.b, tile, ld, R.b};
+  if (stage == 0) return {tile + j * R.b, tile + (j + 1) * R.b, ld, R.b};
   int64_t group = j >> stage, t = j & ((int64_t(1) << stage) - 1);
   Element* first = tile + (group << stage) * R.b + t * R.half;
   return {first, first + (int64_t(R.half) << stage), ld, R.half};
@@ -135,135 +197,216 @@ struct OutTile {
   operator Tile<C>() const { return {data, ld}; }
 };
 
-// Block j of out = block j of the tile, at a, times its block of step t; `temp` holds the rows of one block.
+// What a thread needs for one stage at a time.
 template <class C>
-void multiply_one(const BlockPanels<C>& R, int t, int64_t j0, int64_t j, Columns<const C> a, int rows, OutTile<C> out,
-                  C* temp) {
-  const C* P = R.block(t, j0 + j);
-  Columns<C> to = block_columns(R, R.stage(t), j, out.data, out.ld);
-  if (R.stage(t) == 0) return multiply_block(a, rows, R.b, P, R.bp, to.first, to.ld);
-  multiply_block<C>(a, rows, R.b, P, R.bp, temp, R.bp);
-  scatter_units(temp, R.bp, to.first, to.second, to.ld, rows, R.half);
+struct StageScratch {
+  C *incoming, *product;  // one block of rows each
+};
+
+// to = from P for one block of columns.
+template <class C>
+void multiply_one(const BlockPanels<C>& R, int stage, int64_t j, Columns<const C> from, Columns<C> to, int rows,
+                  C* product) {
+  const C* P = R.block(stage, j);
+  if (stage == 0) return multiply_block(from, rows, R.b, P, R.bp, to.first, to.ld);
+  multiply_block(from, rows, R.b, P, R.bp, product, R.bp);
+  scatter_units(product, R.bp, to.first, to.second, to.ld, rows, R.half);
 }
 
+// out = tile B_s, the blocks j0 on.
 template <class C>
-void apply_stage(const BlockPanels<C>& R, int t, int64_t j0, int64_t count, Tile<C> tile, int rows, OutTile<C> out,
-                 C* temp) {
-  for (int64_t j = 0; j < count; j++)
-    multiply_one(R, t, j0, j, block_columns(R, R.stage(t), j, tile.data, tile.ld), rows, out, temp);
+void apply_stage(const BlockPanels<C>& R, int stage, int64_t j0, int64_t cols, Tile<C> tile, int rows, OutTile<C> out,
+                 const StageScratch<C>& scratch) {
+#if PEFTKERN_VECTOR_BYTES > 16
+  if constexpr (Shuffle<C>::exists)
+    if (R.windows(stage)) {
+      WindowLayout layout(R.b, stage, R.W);
+      const C* coefficients = R.coefficients(stage) + j0 * R.b * R.b;
+      return with_block_size(R.b, [&](auto b) {
+        multiply_windows<C, b()>(layout, R.lanes(stage), coefficients, cols, tile.data, tile.ld, rows, out.data,
+                                 out.ld);
+      });
+    }
+#endif
+  for (int64_t j = 0; j < cols / R.b; j++) {
+    Columns<const C> from = block_columns(R, stage, j, tile.data, tile.ld);
+    Columns<C> to = block_columns(R, stage, j, out.data, out.ld);
+    multiply_one(R, stage, j0 + j, from, to, rows, scratch.product);
+  }
+}
+
+// The gradient through a stage with input u: sum += u^T g (null sum: not wanted), out = g B_s^T (null out.data).
+template <class C>
+void reverse_stage(const BlockPanels<C>& R, int stage, int64_t j0, int64_t cols, Tile<C> u, Tile<C> g, int rows, C* sum,
+                   OutTile<C> out, const StageScratch<C>& scratch) {
+#if PEFTKERN_VECTOR_BYTES > 16
+  if constexpr (Shuffle<C>::exists)
+    if (R.windows(stage)) {
+      WindowLayout layout(R.b, stage, R.W);
+      C* D = sum + j0 * R.b * R.b;
+      if (sum)
+        with_block_size(R.b, [&](auto b) {
+          outer_windows<C, b()>(layout, R.lanes(stage), cols, u.data, u.ld, g.data, g.ld, rows, D);
+        });
+      if (out.data) apply_stage(R, stage, j0, cols, g, rows, out, scratch);
+      return;
+    }
+#endif
+  for (int64_t j = 0; j < cols / R.b; j++) {
+    Columns<const C> from = block_columns(R, stage, j, g.data, g.ld);
+    if (stage > 0) {
+      gather_units(scratch.incoming, R.bp, from.first, from.second, g.ld, rows, R.half);
+      from = {scratch.incoming, scratch.incoming + R.b, R.bp, R.b};
+    }
+    if (sum)
+      outer_block(block_columns(R, stage, j, u.data, u.ld), rows, R.b, from.first, from.ld, sum + (j0 + j) * R.size,
+                  R.bp);
+    if (out.data)
+      multiply_one(R, stage, j0 + j, from, block_columns(R, stage, j, out.data, out.ld), rows, scratch.product);
+  }
 }
 
 template <class C>
 void rotate_blocks(const Rows& x, int64_t M, const Blocks& blocks, bool transpose, int terms, const Rows& z,
                    int threads) {
   BlockPanels<C> R(blocks, transpose, false, threads);
-  int64_t K = blocks.K, chunk = rotate_chunk(blocks), ld = chunk + R.bp, chunks = ceil_div(K, chunk);
-  int64_t tasks = ceil_div(M, kBlock) * chunks;
-  bool from_x = x.dtype == dtype_of<C>::value, to_z = terms == 1 && R.writes_in_place(R.f - 1, z.dtype);
+  int64_t K = blocks.K, chunk = rotate_chunk(blocks), ld = chunk + R.bp;
+  TileOrder order(0, M, K, chunk);
+  int64_t tasks = order.count();
+  bool to_z = terms == 1 && R.writes_in_place(R.f - 1, z.dtype);
   threads = useful_threads(threads, tasks, M * K * R.b * R.f);
-  Buffer<C> tiles(threads * 2 * kBlock * ld), temps(threads * kBlock * R.bp);
+  Buffer<C> tiles(threads * 2 * kBlock * ld), products(threads * kBlock * R.bp);
 #pragma omp parallel num_threads(threads)
   {
     C* first_tile = tiles.data() + 2 * thread_index() * kBlock * ld;
-    C* scratch[2] = {first_tile, first_tile + kBlock * ld};
-    C* temp = temps.data() + thread_index() * kBlock * R.bp;
+    OutTile<C> scratch[2] = {{first_tile, ld}, {first_tile + kBlock * ld, ld}};
+    StageScratch<C> stage_scratch = {nullptr, products.data() + thread_index() * kBlock * R.bp};
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < tasks; task++) {
-      int64_t row0 = task / chunks * kBlock, c0 = task % chunks * chunk, cols = K - c0 < chunk ? K - c0 : chunk;
-      int rows = min_int(kBlock, M - row0);
-      Tile<C> tile = read_tile(x, row0, rows, c0, cols, from_x, scratch[0], ld);
+      int64_t row0 = order.row(task), c0 = order.column(task), cols = order.columns(task);
+      int rows = order.rows(task);
+      if (terms == 1) prefetch_tile(z, row0, rows, c0, cols, true);
+      order.prefetch(task + 1, x, false);
+      Tile<C> tile = read_tile(x, row0, rows, c0, cols, scratch[0].data, ld);
       for (int t = 0; t < R.f; t++) {
-        OutTile<C> out = {scratch[(t + 1) % 2], ld};
+        OutTile<C> out = scratch[(t + 1) % 2];
         if (to_z && t == R.f - 1) out = {reinterpret_cast<C*>(address(z, row0, c0)), z.stride};
-        apply_stage(R, t, c0 / R.b, cols / R.b, tile, rows, out, temp);
+        apply_stage(R, R.stage(t), c0 / R.b, cols, tile, rows, out, stage_scratch);
         tile = out;
       }
-      if (!to_z) write_tile(tile, rows, z, row0, c0, cols, K, terms, scratch[R.f % 2 ? 0 : 1]);
+      if (!to_z) write_tile(tile, rows, z, row0, c0, cols, K, terms, scratch[(R.f + 1) % 2].data);
     }
   }
 }
 
-// dR [f][stored][b][b] = sum over partial sums [f][K/b][b][bp], in order, and over the blocks that share one.
+// One stage of dR [stored][b][b] from the sum [blocks][b][bp], over the blocks that share one in order.
 template <class C>
-void add_partial_dR(const C* partial, int64_t sums, const BlockPanels<C>& R, bool transpose, C* dR, int threads) {
-  int64_t count = int64_t(R.f) * R.stored, shared = R.blocks / R.stored, stage_size = R.blocks * R.size;
+void unpack_blocks(const C* sum, const BlockPanels<C>& R, bool transpose, C* dR, int threads) {
+  int64_t shared = R.blocks / R.stored;
   int b = R.b;
-  threads = useful_threads(threads, count, sums * R.f * stage_size);
+  threads = useful_threads(threads, R.stored, R.stage_size());
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t j = 0; j < count; j++) {
-    const C* first = partial + (R.stored == 1 ? j * stage_size : j * R.size);
-    C* out = dR + j * b * b;
+  for (int64_t j = 0; j < R.stored; j++)
     for (int k = 0; k < b; k++) {
       C row[kMaxBlock] = {};
-      for (int64_t s = 0; s < sums; s++)
-        for (int64_t i = 0; i < shared; i++) {
-          const C* from = first + s * R.f * stage_size + i * R.size + k * R.bp;
-          for (int c = 0; c < b; c++) row[c] += from[c];
-        }
-      for (int c = 0; c < b; c++) out[transpose ? c * b + k : k * b + c] = row[c];
+      for (int64_t i = 0; i < shared; i++) {
+        const C* from = sum + (j + i) * R.size + k * R.bp;
+        for (int c = 0; c < b; c++) row[c] += from[c];
+      }
+      for (int c = 0; c < b; c++) dR[j * b * b + (transpose ? c * b + k : k * b + c)] = row[c];
     }
+}
+
+// The same from the sums of windows.
+template <class C>
+void unpack_windows(const C* sum, const BlockPanels<C>& R, int stage, bool transpose, C* dR) {
+  WindowLayout layout(R.b, stage, R.W);
+  WindowTables<C> tables(layout, transpose, R.stored == 1);
+  int numbers = layout.vectors() * R.W;
+  memset(dR, 0, R.stored * R.b * R.b * sizeof(C));
+  for (int64_t w = 0; w < layout.count(R.blocks * R.b); w++, sum += numbers) {
+    C* to = dR + (R.stored == 1 ? 0 : layout.first_block(w) * R.b * R.b);
+    for (int i = 0; i < numbers; i++) to[tables.entries[i]] += sum[i];
+  }
+}
+
+// dR [f][stored][b][b] = sum over partial sums, in order; the first of them is overwritten.
+template <class C>
+void add_partial_dR(C* partial, int64_t sums, const BlockPanels<C>& R, bool transpose, C* dR, int threads) {
+  int64_t size = R.f * R.stage_size(), pieces = ceil_div(size, kRotateChunk);
+  int useful = useful_threads(threads, pieces, sums * size);
+#pragma omp parallel for num_threads(useful) schedule(static)
+  for (int64_t p = 0; p < pieces; p++) {
+    int64_t end = (p + 1) * kRotateChunk < size ? (p + 1) * kRotateChunk : size;
+    for (int64_t s = 1; s < sums; s++)
+      for (int64_t i = p * kRotateChunk; i < end; i++) partial[i] += partial[s * size + i];
+  }
+  for (int s = 0; s < R.f; s++) {
+    const C* sum = partial + s * R.stage_size();
+    C* out = dR + s * R.stored * R.b * R.b;
+    if (R.windows(s))
+      unpack_windows(sum, R, s, transpose, out);
+    else
+      unpack_blocks(sum, R, transpose, out, threads);
   }
 }
 
 template <class C>
 void rotate_blocks_backward(const Rows& dz, const Rows& x, int64_t M, const Blocks& blocks, bool transpose, void* dx,
                             C* dR, int threads) {
-  BlockPanels<C> forward(blocks, transpose, false, threads), R(blocks, transpose, true, threads);
-  int64_t K = blocks.K, chunk = rotate_chunk(blocks), ld = chunk + R.bp, chunks = ceil_div(K, chunk);
-  int64_t sum_rows = rows_per_sum(M), sums = ceil_div(M, sum_rows), sum_size = dR ? R.f * R.blocks * R.size : 0;
-  int f = R.f, requested = threads, tile_count = f + 2;
+  BlockPanels<C> R(blocks, transpose, true, threads);
+  int64_t K = blocks.K, chunk = rotate_chunk(blocks), ld = chunk + R.bp;
+  if (M == 0) {
+    if (dR) memset(dR, 0, R.f * R.stored * R.b * R.b * sizeof(C));
+    return;
+  }
+  int64_t sum_rows = rows_per_sum(M), sums = ceil_div(M, sum_rows), sum_size = dR ? R.f * R.stage_size() : 0;
+  int f = R.f, requested = threads, tile_count = dR ? f + 2 : 2;
+  Blocks replayed = blocks;
+  if (!dR || f == 1) replayed.f = 0;
+  BlockPanels<C> forward(replayed, transpose, false, threads);
   Rows out_rows = {dx, dz.dtype, K};
-  bool same = x.dtype == dtype_of<C>::value, to_dx = dx && R.writes_in_place(0, x.dtype);
-  // Whole vectors of dz are read, of x single numbers.
-  bool from_x = same, from_dz = same && (R.bp == R.b || R.stage(f - 1) > 0);
+  bool to_dx = dx && R.writes_in_place(0, x.dtype);
   Buffer<C> partial(sums * sum_size);
   threads = useful_threads(threads, sums, 3 * M * K * R.b * f);
   Buffer<C> tiles(threads * tile_count * kBlock * ld), temps(threads * 2 * kBlock * R.bp);
 #pragma omp parallel num_threads(threads)
   {
     C* scratch = tiles.data() + thread_index() * tile_count * kBlock * ld;
-    C *g_block = temps.data() + thread_index() * 2 * kBlock * R.bp, *temp = g_block + kBlock * R.bp;
-    memset(g_block, 0, kBlock * R.bp * sizeof(C));
+    C* first_temp = temps.data() + thread_index() * 2 * kBlock * R.bp;
+    StageScratch<C> stage_scratch = {first_temp, first_temp + kBlock * R.bp};
+    memset(first_temp, 0, kBlock * R.bp * sizeof(C));
     auto scratch_tile = [&](int i) { return OutTile<C>{scratch + i * kBlock * ld, ld}; };
 #pragma omp for schedule(dynamic)
     for (int64_t s = 0; s < sums; s++) {
       C* sum = partial.data() + s * sum_size;
       memset(sum, 0, sum_size * sizeof(C));
-      int64_t end = (s + 1) * sum_rows < M ? (s + 1) * sum_rows : M;
-      for (int64_t task = 0; task < ceil_div(end - s * sum_rows, kBlock) * chunks; task++) {
-        int64_t row0 = s * sum_rows + task / chunks * kBlock, c0 = task % chunks * chunk;
-        int64_t cols = K - c0 < chunk ? K - c0 : chunk, j0 = c0 / R.b, count = cols / R.b;
-        int rows = min_int(kBlock, end - row0);
-        Tile<C> u[64] = {}, g = read_tile(dz, row0, rows, c0, cols, from_dz, scratch, ld);
-        int spare = 1;
-        if (dR) {
-          u[0] = read_tile(x, row0, rows, c0, cols, from_x, scratch + 2 * kBlock * ld, ld);
-          for (int t = 0; t + 1 < f; t++) {
-            OutTile<C> next = scratch_tile(t + 3);
-            apply_stage(forward, t, j0, count, u[t], rows, next, temp);
-            u[t + 1] = next;
-          }
+      int64_t first_row = s * sum_rows, end = first_row + sum_rows < M ? first_row + sum_rows : M;
+      TileOrder order(first_row, end, K, chunk);
+      for (int64_t task = 0; task < order.count(); task++) {
+        int64_t row0 = order.row(task), c0 = order.column(task), cols = order.columns(task), j0 = c0 / R.b;
+        int rows = order.rows(task);
+        order.prefetch(task + 1, dz, false);
+        if (dR) order.prefetch(task + 1, x, false);
+        if (dx) prefetch_tile(out_rows, row0, rows, c0, cols, true);
+        Tile<C> u[64] = {}, g = read_tile(dz, row0, rows, c0, cols, scratch, ld);
+        if (dR) u[0] = read_tile(x, row0, rows, c0, cols, scratch + 2 * kBlock * ld, ld);
+        for (int t = 0; dR && t + 1 < f; t++) {
+          OutTile<C> next = scratch_tile(t + 3);
+          apply_stage(forward, R.stage(t), j0, cols, u[t], rows, next, stage_scratch);
+          u[t + 1] = next;
         }
         for (int t = f - 1; t >= 0; t--) {
-          int stage = R.stage(t);
-          bool last = t == 0;
-          OutTile<C> out = scratch_tile(spare);
-          if (last && to_dx) out = {reinterpret_cast<C*>(address(out_rows, row0, c0)), K};
-          for (int64_t j = 0; j < count; j++) {
-            Columns<const C> from = block_columns(R, stage, j, g.data, g.ld);
-            if (stage > 0) {
-              gather_units(g_block, R.bp, from.first, from.second, g.ld, rows, R.half);
-              from = {g_block, g_block, R.bp, R.b};
-            }
-            if (dR)
-              outer_block(block_columns(R, stage, j, u[t].data, u[t].ld), rows, R.b, from.first, from.ld,
-                          sum + (stage * R.blocks + j0 + j) * R.size, R.bp);
-            if (!last || dx) multiply_one(R, t, j0, j, from, rows, out, temp);
+          OutTile<C> out = scratch_tile((f - t) % 2);
+          if (t == 0) {
+            if (!dx) out.data = nullptr;
+            if (to_dx) out = {reinterpret_cast<C*>(address(out_rows, row0, c0)), K};
           }
+          reverse_stage(R, R.stage(t), j0, cols, u[t], g, rows, dR ? sum + R.stage(t) * R.stage_size() : nullptr, out,
+                        stage_scratch);
           g = out;
-          spare = 1 - spare;
         }
-        if (dx && !to_dx) write_tile(g, rows, out_rows, row0, c0, cols, K, 1, temp);
+        if (dx && !to_dx) write_tile(g, rows, out_rows, row0, c0, cols, K, 1, scratch);
       }
     }
   }

@@ -12,10 +12,9 @@ namespace PEFTKERN_ISA {
 template <class C>
 class ScaleVectors {
  public:
-  ScaleVectors(const void* s, const void* bias, Dtype dtype, int64_t N)
-      : scale(static_cast<const C*>(s)), bias_(N) {
+  ScaleVectors(const void* s, const void* bias, Dtype dtype, int64_t N) : scale(static_cast<const C*>(s)), bias_(N) {
     if (bias)
-      read_tile<C>({const_cast<void*>(bias), dtype, N}, 0, 1, 0, N, false, bias_.data(), N);
+      read_tile<C>({const_cast<void*>(bias), dtype, N}, 0, 1, 0, N, bias_.data(), N);
     else
       memset(bias_.data(), 0, N * sizeof(C));
   }
@@ -36,7 +35,7 @@ void scale_outputs(const Rows& y, int64_t M, int64_t N, const void* s, const voi
     C row[kRotateChunk];
     for (int64_t c0 = 0; c0 < N; c0 += kRotateChunk) {
       int cols = min_int(kRotateChunk, N - c0);
-      read_tile<C>(y, i, 1, c0, cols, false, row, cols);
+      read_tile<C>(y, i, 1, c0, cols, row, cols);
       const C *factor = vectors.scale + c0, *b = vectors.bias() + c0;
       for (int c = 0; c < cols; c++) row[c] = (row[c] - b[c]) * factor[c] + b[c];
       write_row(address(to, i, c0), to.dtype, row, cols);
@@ -61,9 +60,9 @@ void scale_outputs_backward(const Rows& dy, const Rows& y, int64_t M, int64_t N,
     for (int64_t i = sum * sum_rows; i < end; i++)
       for (int64_t c0 = 0; c0 < N; c0 += kRotateChunk) {
         int cols = min_int(kRotateChunk, N - c0);
-        read_tile<C>(dy, i, 1, c0, cols, false, row, cols);
+        read_tile<C>(dy, i, 1, c0, cols, row, cols);
         if (ds) {
-          read_tile<C>(y, i, 1, c0, cols, false, value, cols);
+          read_tile<C>(y, i, 1, c0, cols, value, cols);
           const C* b = vectors.bias() + c0;
           for (int c = 0; c < cols; c++) total[c0 + c] += row[c] * (value[c] - b[c]);
         }

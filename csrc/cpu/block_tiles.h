@@ -8,6 +8,9 @@
 #include "blocks.h"
 #include "tiles.h"
 
+// Sums live in registers only if the loops over them are unrolled before the compiler looks at the array.
+#define PEFTKERN_UNROLL _Pragma("GCC unroll 16")
+
 namespace peftkern {
 namespace PEFTKERN_ISA {
 
@@ -19,39 +22,40 @@ struct Columns {
   int half;
 };
 
-
 template <class C, int MR, int NV>
-inline void multiply_kernel(const C* first, const C* second, int64_t ld, int half, int b, const C* P, int64_t bp,
-                            C* out, int64_t out_ld) {
+inline void multiply_kernel(Columns<const C> a, int row, int b, const C* P, int64_t bp, C* out, int64_t out_ld) {
   using V = Vec<C>;
-  typename V::type acc[MR][NV] = {};
-  auto steps = [&](const C* a, int count) {
-    for (int k = 0; k < count; k++, P += bp) {
-      typename V::type p[NV];
-      for (int v = 0; v < NV; v++) p[v] = V::load(P + v * V::W);
-      for (int i = 0; i < MR; i++) {
-        typename V::type s = V::splat(a[i * ld + k]);
-        for (int v = 0; v < NV; v++) acc[i][v] += s * p[v];
-      }
+  typename V::type acc[MR][NV];
+  PEFTKERN_UNROLL
+  for (int i = 0; i < MR; i++) PEFTKERN_UNROLL
+  for (int v = 0; v < NV; v++) acc[i][v] = typename V::type{};
+  const C* column = a.first + row * a.ld;
+  int64_t gap = a.second - a.first - a.half;
+  for (int k = 0; k < b; k++, column++, P += bp) {
+    if (k == a.half) column += gap;
+    typename V::type p[NV];
+    PEFTKERN_UNROLL
+    for (int v = 0; v < NV; v++) p[v] = V::load(P + v * V::W);
+    PEFTKERN_UNROLL
+    for (int i = 0; i < MR; i++) {
+      typename V::type s = V::splat(column[i * a.ld]);
+      PEFTKERN_UNROLL
+      for (int v = 0; v < NV; v++) acc[i][v] += s * p[v];
     }
-  };
-  steps(first, half);
-  steps(second, b - half);
-  for (int i = 0; i < MR; i++)
-    for (int v = 0; v < NV; v++) V::store(out + i * out_ld + v * V::W, acc[i][v]);
+  }
+  out += row * out_ld;
+  PEFTKERN_UNROLL
+  for (int i = 0; i < MR; i++) PEFTKERN_UNROLL
+  for (int v = 0; v < NV; v++) V::store(out + i * out_ld + v * V::W, acc[i][v]);
 }
 
 template <class C, int NV>
 void multiply_columns(Columns<const C> a, int rows, int b, const C* P, int64_t bp, C* out, int64_t out_ld) {
   constexpr int MR = kAccumulators / NV > 1 ? kAccumulators / NV : 1, few = MR > 4 ? 4 : 1;
   int i = 0;
-  auto step = [&](auto kernel, int count) {
-    for (; i + count <= rows; i += count)
-      kernel(a.first + i * a.ld, a.second + i * a.ld, a.ld, a.half, b, P, bp, out + i * out_ld, out_ld);
-  };
-  step(multiply_kernel<C, MR, NV>, MR);
-  step(multiply_kernel<C, few, NV>, few);
-  step(multiply_kernel<C, 1, NV>, 1);
+  for (; i + MR <= rows; i += MR) multiply_kernel<C, MR, NV>(a, i, b, P, bp, out, out_ld);
+  for (; i + few <= rows; i += few) multiply_kernel<C, few, NV>(a, i, b, P, bp, out, out_ld);
+  for (; i < rows; i++) multiply_kernel<C, 1, NV>(a, i, b, P, bp, out, out_ld);
 }
 
 // out [rows][bp] = a P.
@@ -71,41 +75,52 @@ void multiply_block(Columns<const C> a, int rows, int b, const C* P, int64_t bp,
 template <class C, int KR, int NV, int UR>
 inline void outer_block_kernel(const C* a, int64_t ld, const C* g, int64_t g_ld, int rows, C* D, int64_t bp) {
   using V = Vec<C>;
-  typename V::type acc[UR][KR][NV] = {};
+  typename V::type acc[UR][KR][NV];
+  PEFTKERN_UNROLL
+  for (int u = 0; u < UR; u++) PEFTKERN_UNROLL
+  for (int k = 0; k < KR; k++) PEFTKERN_UNROLL
+  for (int v = 0; v < NV; v++) acc[u][k][v] = typename V::type{};
   int i = 0;
-  auto steps = [&](auto count) {
-    for (; i + int(count) <= rows; i += int(count))
-      for (int u = 0; u < int(count); u++) {
-        typename V::type gv[NV];
-        for (int v = 0; v < NV; v++) gv[v] = V::load(g + (i + u) * g_ld + v * V::W);
-        for (int k = 0; k < KR; k++) {
-          typename V::type s = V::splat(a[(i + u) * ld + k]);
-          for (int v = 0; v < NV; v++) acc[u][k][v] += s * gv[v];
-        }
-      }
-  };
-  steps(std::integral_constant<int, UR>());
-  steps(std::integral_constant<int, 1>());
-  for (int k = 0; k < KR; k++)
-    for (int v = 0; v < NV; v++) {
-      typename V::type sum = V::load(D + k * bp + v * V::W);
-      for (int u = 0; u < UR; u++) sum += acc[u][k][v];
-      V::store(D + k * bp + v * V::W, sum);
+  for (; i + UR <= rows; i += UR) PEFTKERN_UNROLL
+  for (int u = 0; u < UR; u++) {
+    typename V::type gv[NV];
+    PEFTKERN_UNROLL
+    for (int v = 0; v < NV; v++) gv[v] = V::load(g + (i + u) * g_ld + v * V::W);
+    PEFTKERN_UNROLL
+    for (int k = 0; k < KR; k++) {
+      typename V::type s = V::splat(a[(i + u) * ld + k]);
+      PEFTKERN_UNROLL
+      for (int v = 0; v < NV; v++) acc[u][k][v] += s * gv[v];
     }
+  }
+  for (; i < rows; i++) PEFTKERN_UNROLL
+  for (int v = 0; v < NV; v++) {
+    typename V::type gv = V::load(g + i * g_ld + v * V::W);
+    PEFTKERN_UNROLL
+    for (int k = 0; k < KR; k++) acc[0][k][v] += V::splat(a[i * ld + k]) * gv;
+  }
+  PEFTKERN_UNROLL
+  for (int k = 0; k < KR; k++) PEFTKERN_UNROLL
+  for (int v = 0; v < NV; v++) {
+    typename V::type sum = V::load(D + k * bp + v * V::W);
+    PEFTKERN_UNROLL
+    for (int u = 0; u < UR; u++) sum += acc[u][k][v];
+    V::store(D + k * bp + v * V::W, sum);
+  }
 }
 
 template <class C, int NV>
 void outer_block_columns(const C* a, int64_t ld, int count, const C* g, int64_t g_ld, int rows, C* D, int64_t bp) {
   constexpr int KR = kAccumulators / NV > 1 ? kAccumulators / NV : 1;
   int k = 0;
-  auto step = [&](auto kernel, int width) {
-    for (; k + width <= count; k += width) kernel(a + k, ld, g, g_ld, rows, D + k * bp, bp);
-  };
-  step(outer_block_kernel<C, KR, NV, 1>, KR);
-  if constexpr (KR > 8) step(outer_block_kernel<C, 8, NV, 1>, 8);
-  if constexpr (KR > 4) step(outer_block_kernel<C, 4, NV, 2>, 4);
-  if constexpr (KR > 2) step(outer_block_kernel<C, 2, NV, 2>, 2);
-  step(outer_block_kernel<C, 1, NV, 4>, 1);
+  for (; k + KR <= count; k += KR) outer_block_kernel<C, KR, NV, 1>(a + k, ld, g, g_ld, rows, D + k * bp, bp);
+  if constexpr (KR > 8)
+    for (; k + 8 <= count; k += 8) outer_block_kernel<C, 8, NV, 1>(a + k, ld, g, g_ld, rows, D + k * bp, bp);
+  if constexpr (KR > 4)
+    for (; k + 4 <= count; k += 4) outer_block_kernel<C, 4, NV, 2>(a + k, ld, g, g_ld, rows, D + k * bp, bp);
+  if constexpr (KR > 2)
+    for (; k + 2 <= count; k += 2) outer_block_kernel<C, 2, NV, 4>(a + k, ld, g, g_ld, rows, D + k * bp, bp);
+  for (; k < count; k++) outer_block_kernel<C, 1, NV, 4>(a + k, ld, g, g_ld, rows, D + k * bp, bp);
 }
 
 // D [b][bp] += a^T g; g [rows][bp], of which the columns from b on may hold anything.
