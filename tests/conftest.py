@@ -111,9 +111,8 @@ TOO_BIG = pytest.StashKey[int]()
 def pytest_addoption(parser):
     group = parser.getgroup("levels of proof")
     group.addoption("--write-levels", action="store_true", help="write what this run of all tests proves")
-    group.addoption(
-        "--levels-record", metavar="FILE", help="write to FILE what this run proves, for another run to read"
-    )
+    group.addoption("--write-compiled", action="store_true", help="write tests/compiled/table.json anew")
+    group.addoption("--levels-record", metavar="FILE", help="write what this run proves to FILE, for another to read")
 
 
 def pytest_configure(config):

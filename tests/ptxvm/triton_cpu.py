@@ -98,20 +98,20 @@ def _pack(value, size: int, name: str) -> bytes:
     return (int(value) & ((1 << (8 * size)) - 1)).to_bytes(size, "little")
 
 
-def _driver(arch: int):
+def driver_for(target, device: int):
+    """A stand-in with which Triton's front end compiles for a target; `device` is the number of its device."""
     import torch
-    from triton.backends.compiler import GPUTarget
 
     class Driver:
-        """Just enough of a driver for Triton's front end to compile for the target."""
+        """Just enough of a driver for that."""
 
         utils = None
 
         def get_current_target(self):
-            return GPUTarget("cuda", arch, 32)
+            return target
 
         def get_current_device(self):
-            return _FIRST_DEVICE + arch
+            return device
 
         def get_current_stream(self, device=0):
             return 0
@@ -151,6 +151,7 @@ def triton_on_cpu(arch: int = 80, **options):
     Options as in `Options`. Yields a TritonMachine; `launches[-1].counts` says what the last launch did.
     A kernel that uses instructions beyond this machine raises Refused at its launch.
     """
+    from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
@@ -177,7 +178,7 @@ def triton_on_cpu(arch: int = 80, **options):
             machine.launch(compiled, bound, shape)
         return compiled
 
-    driver.set_active(_driver(arch))
+    driver.set_active(driver_for(GPUTarget("cuda", arch, 32), _FIRST_DEVICE + arch))
     JITFunction.run = launch
     try:
         yield machine

@@ -1,0 +1,77 @@
+"""Calls that together launch the kernel variants of real layers, and what their code has to show.
+
+Shapes: 4096 wide, 8192 tokens and a decoding step of 8; r 8, 32 and 128 are three of the four buckets that kernels are
+compiled for (r 64 is the fourth). float64 serves gradcheck alone and is not held to anything here.
+"""
+
+import torch
+
+K, N = 4096, 4096
+ROWS = {"8192 tokens": 8192, "8 tokens": 8}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+# Of one architecture's block, in bytes: the most shared memory that it may ask for.
+SHARED_LIMIT = {"sm80": 163 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024, "gfx942": 64 * 1024}
+
+# Tensor cores by the dtype that the products are in. sm_100 has units of its own for half precision alone.
+UNITS = {
+    "half": {"sm80": {"HMMA"}, "sm90": {"HGMMA", "HMMA"}, "sm100": {"UTCHMMA", "HMMA"}, "gfx942": {"v_mfma_f32"}},
+    "double": {"sm80": {"DMMA"}, "sm90": {"DMMA"}, "sm100": {"DMMA"}, "gfx942": {"v_mfma_f64"}},
+}
+
+# Triton kernels that must use tensor cores, and those whose loops must move 16 bytes per lane and access.
+TENSOR = {
+    "project_kernel": "half",
+    "update_kernel": "half",
+    "linear_kernel": "half",
+    "linear_backward_kernel": "half",
+    "core_kernel": "double",
+    "gram_kernel": "double",
+}
+WIDE = ("project_kernel", "update_kernel", "linear_kernel", "linear_backward_kernel")
+
+
+def _rank_cases():
+    for op in ("wy_factor", "wy_factor_backward", "orthogonality_penalty", "orthogonality_penalty_backward"):
+        yield from ((op, "fp32", r, "8192 tokens") for r in (8, 32, 128))
+    for op in ("orthonormal_factor", "orthonormal_factor_backward"):
+        yield from ((op, "fp32", r, "8192 tokens") for r in (8, 32, 128))
+
+
+def _row_cases():
+    for op in ("rotate", "rotate_backward", "rotated_linear", "rotated_linear_backward", "project", "project_backward"):
+        for r in (8, 32, 128):
+            yield op, "bf16", r, "8192 tokens"
+        yield op, "bf16", 32, "8 tokens"
+        # In float32 the product with the weight is the library's.
+        if not op.startswith("rotated_linear"):
+            yield op, "fp32", 32, "8192 tokens"
+        yield op, "fp16", 32, "8192 tokens"
+
+
+CASES = {f"{op} {dtype} r{r} {rows}": (op, dtype, r, rows) for op, dtype, r, rows in (*_rank_cases(), *_row_cases())}
+# Run in every test run; the others with the slow tests.
+FIRST = {name for name, (op, dtype, r, rows) in CASES.items() if (dtype, rows) != ("fp16", "8192 tokens") and r != 8}
+
+
+def arguments(name):
+    """The arguments of a case. Their memory is never read."""
+    op, dtype, r, rows = CASES[name]
+    M, dtype = ROWS[rows], DTYPES[dtype]
+    x, dy, z = (torch.empty(M, width, dtype=dtype) for width in (K, N, K))
+    W, b = torch.empty(N, K, dtype=dtype), torch.empty(N, dtype=dtype)
+    V, T, P = torch.empty(K, r), torch.empty(r, r, dtype=torch.float64), torch.empty(M, r)
+    return {
+        "wy_factor": (V,),
+        "wy_factor_backward": (T, V, T),
+        "rotate": (x, V, T, False),
+        "rotate_backward": (z, x, P, V, T, False, [True, True]),
+        "rotated_linear": (x, W, b, V, T),
+        "rotated_linear_backward": (dy, x, W, P, V, T, [True, True]),
+        "project": (x, V),
+        "project_backward": (P, x, V, [True, True]),
+        "orthogonality_penalty": (V, True),
+        "orthogonality_penalty_backward": (torch.empty(()), V, True),
+        "orthonormal_factor": (V,),
+        "orthonormal_factor_backward": (V, T, V, T),
+    }[op]

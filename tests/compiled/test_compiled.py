@@ -1,0 +1,93 @@
+"""Level 3: what real layers launch, compiled for every architecture, does not spill, fits and uses what it names."""
+
+import devices
+import levels
+import pytest
+import torch
+
+import peftkern
+from compiled import cases, cuda_library, driver, machine_code, table
+
+
+@pytest.fixture
+def memory_never_touched():
+    """Nothing here is executed: unpoisoned, the tensors of a real layer cost no memory."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def numbered(names):
+    """Names, the second of a kind with #2 and so on."""
+    seen = {}
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        yield name if seen[name] == 1 else f"{name} #{seen[name]}"
+
+
+def broken_rules(target, kernel, figures):
+    """Rules of cases.py that a kernel breaks, as sentences."""
+    lines = []
+    if figures.spilled:
+        lines.append(f"{figures.spilled} bytes spilled")
+    if figures.shared > cases.SHARED_LIMIT[target]:
+        lines.append(f"{figures.shared} bytes of shared memory, a block has {cases.SHARED_LIMIT[target]}")
+    if (unit := cases.TENSOR.get(kernel)) and not cases.UNITS[unit][target] & set(figures.tensor):
+        lines.append(f"no {unit} tensor cores (found: {' '.join(figures.tensor) or 'none'})")
+    if kernel in cases.WIDE and figures.widest_in_loops < 16:
+        lines.append(f"loops move at most {figures.widest_in_loops} bytes per access to global memory")
+    return lines
+
+
+def judge(request, compiler, target, name, found):
+    """Hold {kernel: figures} to the table, or write it there."""
+    rows = {kernel: figures.row() for kernel, figures in found.items()}
+    if request.config.option.write_compiled:
+        table.write(compiler, target, name, rows)
+        return []
+    committed = table.read().get(compiler, {}).get(target, {}).get(name)
+    if committed is None:
+        return ["not in the table; `pytest tests/compiled --write-compiled` writes it"]
+    lines = [
+        f"{kernel}: {line}"
+        for kernel in rows.keys() & committed.keys()
+        for line in table.worse(committed[kernel], rows[kernel])
+    ]
+    lines += [f"{kernel}: not in the table" for kernel in rows.keys() - committed.keys()]
+    return lines + [f"{kernel}: in the table, but not compiled" for kernel in committed.keys() - rows.keys()]
+
+
+def triton_params():
+    for target in driver.TARGETS:
+        for name in cases.CASES:
+            marks = [pytest.mark.xdist_group(f"compiled {target}")]
+            marks += [] if name in cases.FIRST else [pytest.mark.slow]
+            yield pytest.param(target, name, marks=marks, id=f"{target}-{name}")
+
+
+@pytest.mark.skipif(devices.triton_missing() is not None, reason=str(devices.triton_missing()))
+@pytest.mark.parametrize("target, name", list(triton_params()))
+def test_triton(request, memory_never_touched, target, name):
+    op = cases.CASES[name][0]
+    with peftkern.use_backend("triton"), driver.compiling(target) as launches:
+        getattr(torch.ops.peftkern, op)(*cases.arguments(name))
+    unique = {(launch.kernel, launch.asm["ptx" if "ptx" in launch.asm else "amdgcn"]): launch for launch in launches}
+    kernels = [kernel for kernel, _ in unique]
+    found = {
+        label: machine_code.of_launch(launch) for label, launch in zip(numbered(kernels), unique.values(), strict=True)
+    }
+    lines = [f"{label}: {line}" for label, f in found.items() for line in broken_rules(target, label.split()[0], f)]
+    lines += judge(request, "triton", target, name, found)
+    levels.proves(request.node, 3, "triton", [op])
+    assert not lines, "\n".join(lines)
+
+
+@pytest.mark.skipif(cuda_library.missing() is not None, reason=str(cuda_library.missing()))
+@pytest.mark.parametrize("target", ("sm80", "sm90", "sm100"))
+def test_cuda(request, target):
+    found = cuda_library.figures(target)
+    lines = [
+        f"{kernel}: {line}" for kernel, figures in found.items() for line in cuda_library.broken_rules(kernel, figures)
+    ]
+    lines += judge(request, "cuda", target, "library", found)
+    operations = [name for name, operation in peftkern.operations().items() if operation.backend("cuda")[0]]
+    levels.proves(request.node, 3, "cuda", operations)
+    assert not lines, "\n".join(lines)
