@@ -288,14 +288,20 @@ def rotated_linear(x, weight, bias, V, T):
     (rows, stride), (W, W_stride) = _rows(x, K), _rows(weight, K)
     with _triton.guard(x):
         V_terms = _split(V, V.stride(), 3, pair=True)
+        R = V_terms.shape[2]
         WV = _gathered(_project(W, W_stride, N, K, r, V_terms, V.dtype))
         WV_terms = _split(WV, WV.stride(), 2)
         partial = _project(rows, stride, M, K, r, V_terms, V.dtype)
-        S, P = _core(partial, T.mT, 2, pair=True, negate=True, keep=True)
-        tile = tiles.linear(_triton.family(), M, S.shape[2])
+        tile = tiles.linear(_triton.family(), M, R, bias is not None)
+        S, P = _core(partial, T.mT, 2, pair=True, negate=tile is not None, keep=True)
+        if tile is None:
+            # S (W V)^T is rounded alone, and the library adds the product to it in its accumulator.
+            step = tiles.update(_triton.family(), x.dtype, R)
+            _update(None, (y.view(M, N), N), None, S, WV_terms, y, None, step.rows, step)
+            return y.view(M, N).addmm_(rows.reshape(M, K), W.mT).view(y.shape), P
         _kernels().linear_kernel[(_cdiv(M, tile.rows) * _cdiv(N, tile.cols),)](
             rows, W, bias if bias is not None else rows, S, WV_terms, y, M, N, K, stride, W_stride,
-            0 if bias is None else bias.stride(0), S.stride(0), WV_terms.stride(0), bias is not None, 2, S.shape[2],
+            0 if bias is None else bias.stride(0), S.stride(0), WV_terms.stride(0), bias is not None, 2, R,
             tile.rows, tile.cols, tile.depth, tiles.GROUP, _aligned(K, stride, W_stride), tile.stages,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
@@ -311,7 +317,7 @@ def rotated_linear_backward(dy, x, weight, P, V, T, output_mask):
     if M == 0 or not (want_dx or want_dV):
         return _empty_gradients(dx, V, want_dV)
     rows, dy_rows, W, P = _rows(x, K), _rows(dy, N), _rows(weight, K), P.contiguous()
-    tile = tiles.linear_backward(_triton.family(), x.dtype, M, tiles.rank(r))
+    tile = tiles.linear_backward(_triton.family(), M, tiles.rank(r))
     with _triton.guard(x):
         V_terms = _split(V, V.stride(), 3)
         WV = _gathered(_project(*W, N, K, r, V_terms, V.dtype))
@@ -344,27 +350,24 @@ def _linear_backward(dy, W, x, S, R_terms, V_terms, dx, r, tile):
 
 
 def _linear_backward_in_steps(dy, W, x, S, R_terms, V_terms, dx, r, _):
-    """The same from the library's product, dV = -W^T (dy^T S) - x^T R, where the fused product has no good tile."""
+    """dx = -R V^T + dy W by the library, dV = -W^T (dy^T S) - x^T R: where the fused product has no good tile."""
     (dy_rows, _), (W_rows, _), (rows, _) = dy, W, x
-    (N, K), M, family, R = W_rows.shape, R_terms.shape[1], _triton.family(), R_terms.shape[2]
-    tile = tiles.update(family, rows.dtype, R)
-    partial = None
-    splits_x = splits_w = 0
+    (N, K), M, family = W_rows.shape, R_terms.shape[1], _triton.family()
+    tile = tiles.update(family, rows.dtype, R_terms.shape[2])
+    per_x = _row_splits(family, M, K, tile) if S is not None else tile.rows
+    per_w, per_y = _row_splits(family, N, K, tile), _row_splits(family, M, N, tile)
+    splits_x, partial = _cdiv(M, per_x), None
     if S is not None:
-        per_x, per_w, per_y = (_row_splits(family, *shape, tile) for shape in ((M, K), (N, K), (M, N)))
-        splits_x, splits_w = _cdiv(M, per_x), _cdiv(N, per_w)
-        partial = rows.new_empty(splits_x + splits_w, K, r, dtype=torch.float32)
+        partial = rows.new_empty(splits_x + _cdiv(N, per_w), K, r, dtype=torch.float32)
+    _update(None, x, None, R_terms, V_terms, dx, partial[:splits_x] if S is not None else None, per_x, tile)
     if dx is not None:
-        torch.matmul(dy_rows.reshape(M, N), W_rows, out=dx.view(M, K))
-    dz = (dx.view(M, K), K) if dx is not None else None
-    _update(dz, x, None, R_terms, V_terms, dx, partial[:splits_x] if S is not None else None,
-            per_x if S is not None else tile.rows, tile)  # fmt: skip
+        dx.view(M, K).addmm_(dy_rows.reshape(M, N), W_rows)
     if S is not None:
         minus_dyS = rows.new_empty(_cdiv(M, per_y), N, r, dtype=torch.float32)
-        _update(None, dy, None, S, V_terms.new_empty(0, N, R), None, minus_dyS, per_y, tile)
+        _update(None, dy, None, S, S.new_empty(3, N, 0), None, minus_dyS, per_y, tile)
         minus_dyS = _gathered(minus_dyS)
-        dyS = _split(minus_dyS, minus_dyS.stride(), 3, negate=True)
-        _update(None, W, None, dyS, V_terms, None, partial[splits_x:], per_w, tile)
+        _update(None, W, None, _split(minus_dyS, minus_dyS.stride(), 3, negate=True), V_terms, None,
+                partial[splits_x:], per_w, tile)  # fmt: skip
     return partial
 
 

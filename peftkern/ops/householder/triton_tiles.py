@@ -58,12 +58,22 @@ def update(family, dtype, R):
     return Tile(64, 64 if R < 64 else 32, 0, 4 if R < 32 else 8, 1 if family in _SMALL_SHARED else 2)
 
 
-def linear(family, M, R):
-    """rows of x, rows of W, K per step."""
+# Where a product of one's own keeps up with the library's: without multicast loads a tile reads L2 more often than
+# Hopper's and Blackwell's caches can serve, and wider tiles do not fit the registers.
+_FUSED = ("sm80", "sm86")
+
+
+def linear(family, M, R, with_bias):
+    """rows of x, rows of W, K per step; None where the library's product and one more pass over y are the better way.
+
+    The library cannot take both the update and a bias into its accumulator, so a bias always takes the fused product.
+    """
     small = _row_bucket(M, 128)
     if small < 128:
         return Tile(small, 64, 64, 4, 2 if family in _SMALL_SHARED else 3)
-    if R == 128 and family in ("sm80", "sm86"):
+    if family not in _FUSED and not with_bias:
+        return None
+    if R == 128 and family in _FUSED:
         return Tile(64, 128, 32, 8, 3)
     return {
         "sm80": Tile(128, 128, 32, 8, 4),
@@ -73,18 +83,17 @@ def linear(family, M, R):
     }.get(family, Tile(128, 128, 32, 8, 2))
 
 
-def linear_backward(family, dtype, M, R):
-    """rows of dy, columns of W, N per step; None where the library's product and two more passes are the better way.
+def linear_backward(family, M, R):
+    """rows of dy, columns of W, N per step; None where the library's product and more passes are the better way.
 
     The tail keeps dz and its terms in registers: wider tiles than these spill, and narrower ones read L2 too often.
     """
-    widest = {"sm80": 32, "sm86": 32, "sm90": 64 if dtype is torch.bfloat16 else 32}.get(family, 0)
-    if widest < R:
+    if family not in _FUSED or R >= 64:
         return None
     small = _row_bucket(M, 64)
     if small < 64:
         return Tile(small, 64, 32, 4, 2)
-    return {"sm80": Tile(128, 64, 32, 8, 4), "sm86": Tile(64, 64, 32, 4, 3), "sm90": Tile(128, 128, 64, 8, 4)}[family]
+    return Tile(128, 64, 32, 8, 4) if family == "sm80" else Tile(64, 64, 32, 4, 3)
 
 
 def row_tiles(family, tiles_m, tiles_k):
