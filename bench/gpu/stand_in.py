@@ -88,7 +88,9 @@ class _Library:
                 if not _NO_DEVICE.search(str(error)):
                     raise
                 result = None
-            self._launched.append(name)
+            # A launcher returns nothing; what returns something was a question about sizes.
+            if result is None:
+                self._launched.append(name)
             return result
 
         return launch

@@ -51,18 +51,18 @@ def test_a_dry_run_goes_through_every_step_and_says_what_would_run(tmp_path, cap
     assert page.DRY in page.text(result)
 
 
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_every_layer_of_a_backend_is_prepared_up_to_its_launches(backend):
-    absent = stand_in.missing().get(backend) or missing(backend)
+@pytest.mark.parametrize("served_by", ["triton", "cuda"])
+def test_every_layer_of_a_backend_is_prepared_up_to_its_launches(served_by):
+    absent = stand_in.missing().get(served_by) or missing(served_by)
     if absent:
-        pytest.skip(f"backend {backend}: {absent}")
+        pytest.skip(f"backend {served_by}: {absent}")
     device = StandIn()
     with device.backends() as launched:
         measured = timing.measure_case(plan.shrunk(plan.HEAD), device, 0.01)
-    assert {f"{backend}-fast", f"{backend}-exact"} <= set(measured.samples)
+    assert {f"{served_by}-fast", f"{served_by}-exact"} <= set(measured.samples)
     for precision in ("fast", "exact"):
-        assert backend in measured.info[f"{backend}-{precision}"]["served"].values()
-        assert "error" not in measured.info[f"{backend}-{precision}"]
+        assert served_by in measured.info[f"{served_by}-{precision}"]["served"].values()
+        assert "error" not in measured.info[f"{served_by}-{precision}"]
     assert launched
 
 

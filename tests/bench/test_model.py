@@ -102,15 +102,15 @@ def stated():
 
 
 STATED = stated()
-every_cost = pytest.mark.parametrize(("op", "backend"), STATED or [pytest.param(None, None, marks=pytest.mark.skip)])
+every_cost = pytest.mark.parametrize(("op", "served_by"), STATED or [pytest.param(None, None, marks=pytest.mark.skip)])
 families = pytest.mark.parametrize("family", sorted({card.family for card in cards.CARDS.values()}))
 
 
 @every_cost
 @families
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_costs_are_of_launches_that_could_be(op, backend, family, dtype):
-    launches = model.launches_of(op, backend, replace(model.GOAL_CASE, dtype=dtype), family)
+def test_costs_are_of_launches_that_could_be(op, served_by, family, dtype):
+    launches = model.launches_of(op, served_by, replace(model.GOAL_CASE, dtype=dtype), family)
     assert launches
     for launch in launches:
         assert isinstance(launch, Launch) and launch.kernel
@@ -123,9 +123,9 @@ def test_costs_are_of_launches_that_could_be(op, backend, family, dtype):
 
 @every_cost
 @families
-def test_more_columns_and_more_rows_never_cost_less(op, backend, family):
+def test_more_columns_and_more_rows_never_cost_less(op, served_by, family):
     def seconds(**changes):
-        launches = model.launches_of(op, backend, replace(model.GOAL_CASE, **changes), family)
+        launches = model.launches_of(op, served_by, replace(model.GOAL_CASE, **changes), family)
         return model.predict(launches, H100, H100.peak).seconds
 
     by_r = [seconds(r=r) for r in (8, 16, 32, 64, 128)]
