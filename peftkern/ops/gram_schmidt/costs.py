@@ -90,7 +90,7 @@ def _triton_factor(K, r, size, family):
             {"tensor_fp64": 2 * programs * triton_backend.ROWS * tile * tile * len(pairs)},
             programs,
         ),
-        Launch("gram_kernel", 4 * 128 * splits * side * side, 0, 4, {}, splits * side * side),
+        Launch("gram_kernel", 4 * (32 if tile == 16 else 128) * splits * side * side, 0, 4, {}, splits * side * side),
         Launch("factor_kernel", 4 * 32 * warps, 0, 4, {}, 1),
         Launch("multiply_kernel", 4 * 128 * again, 0, 4, {}, again),
     ]

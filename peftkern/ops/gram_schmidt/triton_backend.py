@@ -65,8 +65,9 @@ def orthonormal_factor(V):
     with _triton.guard(V):
         for repeat, columns, core, rows in ((False, V, B, programs), (True, Q, second, programs + _cdiv(r, ROWS))):
             kernels.gram_kernel[(splits, side, side)](
-                columns, partial, again, K, r, *columns.stride(), per_split, repeat, tiles.GRAM_ROWS, BR, num_warps=4
-            )
+                columns, partial, again, K, r, *columns.stride(), per_split, repeat, tiles.GRAM_ROWS, BR,
+                num_warps=1 if BR == 16 else 4,
+            )  # fmt: skip
             # Fused, two lanes that hold the same sum would round it differently, and which of them writes it is a race.
             kernels.factor_kernel[(1,)](
                 partial, core, T, again, r, splits, rounding, limit, repeat, R, num_warps=FACTOR_WARPS[R],
@@ -83,7 +84,7 @@ def orthonormal_factor_backward(dQ, dT, Q, B):
     R, BR = tiles.rank(r), column_tile(r)
     dT, M, dV = dT.contiguous(), B.new_empty(r, r), Q.new_empty(K, r)
     with _triton.guard(Q):
-        kernels.core_gradient_kernel[(R // 16,)](dT, B, M, r, *B.stride(), R, 16, num_warps=4)
+        kernels.core_gradient_kernel[(R // 16,)](dT, B, M, r, *B.stride(), R, 16, num_warps=1 if R == 16 else 4)
         kernels.gradient_kernel[(_cdiv(K, ROWS), _cdiv(r, BR))](
             dQ, Q, B, M, dV, K, r, *dQ.stride(), *Q.stride(), *B.stride(), ROWS, BR, num_warps=4
         )

@@ -1,5 +1,6 @@
 """The Triton kernels on the PTX machine: they move what costs.py says, and the order of threads changes nothing."""
 
+import devices
 import ptxvm
 import pytest
 import torch
@@ -10,7 +11,10 @@ import peftkern
 from peftkern.ops import _triton
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler (g++ or $CXX)")
+pytestmark = [
+    pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler (g++ or $CXX)"),
+    pytest.mark.skipif(devices.INTERPRETED, reason="the interpreter compiles nothing"),
+]
 
 
 @pytest.fixture
