@@ -95,9 +95,9 @@ CARDS = {
 
 
 def card(name: str) -> Card:
-    """A card by its name here, or by the name that its driver gives ("NVIDIA H100 80GB HBM3")."""
+    """A card by (a part of) its name here, or by the name that its driver gives ("NVIDIA H100 80GB HBM3")."""
     for key, found in CARDS.items():
-        if key.lower() in name.lower():
+        if key.lower() in name.lower() or (name and name.lower() in key.lower()):
             return found
     raise ValueError(f"no rates are known for a card {name!r}; the cards are {', '.join(CARDS)}")
 

@@ -213,15 +213,22 @@ def goal(card: Card | None = None) -> list[str]:
         f"Goal: HRA r {GOAL_CASE.r}, bf16, {GOAL_CASE.width_in} x {GOAL_CASE.width_out}, {TOKENS} tokens on "
         f"{card.name} adds at most {100 * GOAL:.0f} % to the frozen layer's forward and backward."
     ]
+    reached = []
     for rates in (card.peak, cards.typical(card)):
         for found in layers(card, rates, [GOAL_CASE]):
             verdict = "reached" if found.added <= GOAL else "missed"
+            if found.added <= GOAL:
+                reached.append(f"{found.backend}, {found.precision}, at {rates.name}")
             lines.append(
                 f"  {found.backend}, {found.precision}, at {rates.name}: {verdict}, predicted "
                 f"{100 * found.added:.1f} % ({1e6 * found.total.seconds:.0f} against "
                 f"{1e6 * found.floor.seconds:.0f} us; beyond the floor mostly {found.limit})"
             )
-    return lines if len(lines) > 1 else [*lines, "  No backend states its costs, so nothing can be predicted."]
+    if len(lines) == 1:
+        return [*lines, "  No backend states its costs, so nothing can be predicted."]
+    if reached:
+        return [*lines, f"  Predicted to be reached by {'; '.join(reached)}."]
+    return [*lines, "  No backend and precision is predicted to reach it, at either rates."]
 
 
 def _percent(value: float | None) -> str:
