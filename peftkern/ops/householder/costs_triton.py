@@ -24,6 +24,11 @@ def _padded(a, b):
     return _over(a, b) * b
 
 
+def _repeats(warps, rows):
+    """How often a product of so many rows is computed: warps stand below each other, 16 rows each."""
+    return max(1, 16 * warps // rows)
+
+
 def _split(rows, r, terms, pair=False):
     R = tiles.rank(r)
     read, written = 4 * rows * (r + (r - r % 2) * pair), 2 * terms * rows * R
@@ -90,7 +95,8 @@ def _update(family, dtype, M, K, r, with_y=False, with_s=False, z=False, dV=Fals
     read = rows * (with_y + dV) + columns * of_rows * factors + row_tiles * V * z_terms
     written = rows * z + 4 * splits * K * r * dV
     unique = rows * (with_y + dV) + of_rows * (3 * dV * (1 + with_s) or z_terms) + V * z_terms + written
-    products = _OF_TERMS.get(z_terms, 0) + dV * (1 + with_s) * _PRODUCTS[_TERMS[dtype]]
+    products = _OF_TERMS.get(z_terms, 0) * _repeats(tile.warps, tile.rows)
+    products += dV * (1 + with_s) * _PRODUCTS[_TERMS[dtype]] * _repeats(tile.warps, tile.cols)
     flops = 2 * row_tiles * tile.rows * columns * tile.cols * R * products
     return Launch("update_kernel", read, written, unique, {"tensor_bf16": flops}, columns * splits), splits
 
@@ -116,7 +122,8 @@ def _invert(r, splits):
     merges = [(B, R // (2 * B)) for B in (16, 32, 64) if B < R]
     read = 8 * (splits * r * r + 16 * R + R * R + sum(3 * B * B * pairs for B, pairs in merges))
     written = 8 * (2 * R * R + 16 * R + r * r + sum(B * B * pairs for B, pairs in merges))
-    flops = {"tensor_fp64": sum(4 * B**3 * pairs for B, pairs in merges)}
+    # Four warps share a 16 x 16 product by doing it twice.
+    flops = {"tensor_fp64": sum(4 * B**3 * pairs * (2 if B == 16 else 1) for B, pairs in merges)}
     return Launch("invert_kernel", read, written, 8 * (splits * r * r + r * r + 2 * R * R), flops, 1)
 
 
@@ -127,7 +134,8 @@ def _gram_gradient(r):
 
 
 def _penalty(r, splits, backward):
-    read = 8 * splits * (r * r + r) + 4 * backward
+    # Every thread loads what it needs of a vector of R, and the incoming gradient.
+    read = 8 * splits * (r * r + r * max(1, 128 // tiles.rank(r))) + 512 * backward
     written = 8 * r * r if backward else 4
     return Launch("penalty_kernel", read, written, read + written, {}, 1)
 
@@ -150,9 +158,10 @@ def _linear_backward(family, dtype, M, N, K, r, tile):
     tiles_m, tiles_k = _over(M, tile.rows), _over(K, tile.cols)
     splits = _over(tiles_m, tiles.row_tiles(family, tiles_m, tiles_k))
     terms = tiles.dx_terms(K, r)
-    read = tiles_k * M * (N * s + 2 * R * (6 + terms)) + tiles_m * K * (N * s + 2 * R * terms) + M * K * s
+    read = tiles_k * M * (N * s + 12 * R) + tiles_m * K * (N * s + 2 * R * terms) + M * K * s
     written, area = M * K * s + 4 * splits * K * r, tiles_m * tile.rows * tiles_k * tile.cols
-    products = _OF_TERMS[terms] + _PRODUCTS[3] + _PRODUCTS[_TERMS[dtype]]
+    of_dV = (_PRODUCTS[3] + _PRODUCTS[_TERMS[dtype]]) * _repeats(tile.warps, tile.cols)
+    products = _OF_TERMS[terms] * _repeats(tile.warps, tile.rows) + of_dV
     flops = {"tensor_bf16": 2 * area * R * products}
     flops[_KINDS[dtype]] = flops.get(_KINDS[dtype], 0) + 2 * area * _padded(N, tile.depth)
     unique = (M * N + N * K + M * K) * s + 12 * M * R + 2 * terms * K * R + written

@@ -136,7 +136,7 @@ def _core(P, C, terms, pair=False, negate=False, keep=False):
     total = P.new_empty(M, r) if keep else P
     _kernels().core_kernel[(_cdiv(M, tiles.CORE_ROWS), R // BR)](
         P, C, total, S, M, r, *P.stride()[1:], *C.stride(), P.stride(0), M * R, splits,
-        tiles.CORE_ROWS, BR, R, terms, pair, negate, keep, True, num_warps=4,
+        tiles.CORE_ROWS, BR, R, terms, pair, negate, keep, True, num_warps=4, num_stages=1,
     )  # fmt: skip
     return (S, total) if keep else S
 
@@ -148,7 +148,7 @@ def _times(V, C):
     out = V.new_empty(K, r)
     _kernels().core_kernel[(_cdiv(K, tiles.CORE_ROWS), _cdiv(r, BR))](
         V, C, V, out, K, r, *V.stride(), *C.stride(), 0, 0, 1,
-        tiles.CORE_ROWS, BR, tiles.rank(r), 1, False, False, False, False, num_warps=4,
+        tiles.CORE_ROWS, BR, tiles.rank(r), 1, False, False, False, False, num_warps=4, num_stages=1,
     )  # fmt: skip
     return out
 
@@ -163,7 +163,7 @@ def _gram(A, B, upper):
     splits = _cdiv(rows, per_split)
     out = A.new_empty(splits, r, r, dtype=torch.float64)
     _kernels().gram_kernel[(splits, side, side)](
-        A, B, out, rows, r, *A.stride(), *B.stride(), per_split, tiles.GRAM_ROWS, BR, upper, num_warps=4
+        A, B, out, rows, r, *A.stride(), *B.stride(), per_split, tiles.GRAM_ROWS, BR, upper, num_warps=4, num_stages=1
     )
     return out
 
@@ -217,7 +217,7 @@ def wy_factor_backward(dT, V, T):
     dT, T, r = dT.contiguous(), T.contiguous(), V.shape[1]
     R, dG = tiles.rank(r), torch.empty_like(T)
     with _triton.guard(V):
-        _kernels().gram_gradient_kernel[(_cdiv(r, 16),)](dT, T, dG, r, R, 16, num_warps=4)
+        _kernels().gram_gradient_kernel[(_cdiv(r, 16),)](dT, T, dG, r, R, 16, num_warps=4, num_stages=1)
         return _times(V, dG)
 
 

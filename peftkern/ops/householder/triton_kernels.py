@@ -376,8 +376,8 @@ def gram_kernel(
     b_g = tl.zeros((BR, BR), tl.float64)
     first = i_s * per_split
     last = tl.minimum(first + per_split, rows)
-    for l in range(first, last, BL):
-        o_l = (l + tl.arange(0, BL)).to(tl.int64)[:, None]
+    for i in range(first, last, BL):
+        o_l = (i + tl.arange(0, BL)).to(tl.int64)[:, None]
         b_a = tl.load(p_a + o_l * s_ai + o_i * s_aj, mask=(o_l < last) & (o_i < r), other=0.0)
         b_b = tl.load(p_b + o_l * s_bi + o_j * s_bj, mask=(o_l < last) & (o_j < r), other=0.0)
         b_g = _dot(tl.trans(b_a.to(tl.float64)), b_b.to(tl.float64), b_g)

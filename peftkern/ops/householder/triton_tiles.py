@@ -8,6 +8,9 @@ import torch
 
 HALF = (torch.bfloat16, torch.float16)
 _SMALL_SHARED = ("gfx942", "generic")
+# Where a product of one's own keeps up with the library's: without multicast loads a tile reads L2 more often than
+# Hopper's and Blackwell's caches can serve, and wider tiles do not fit the registers.
+_FUSED = ("sm80", "sm86")
 # Programs that keep every multiprocessor busy; fewer row tiles than that are split along K.
 _PROGRAMS = {"sm80": 108, "sm86": 128, "sm90": 132, "sm100": 148, "gfx942": 304, "generic": 64}
 
@@ -50,17 +53,15 @@ def splits(family, programs, length, least):
 
 
 def update(family, dtype, R):
-    """rows per step, columns of K."""
+    """rows per step, columns of K. Wider tiles spill; more than four warps would share tiles too small for them."""
     if dtype is torch.float64:
         return Tile(16, 32, 0, 4, 1)
     if dtype is torch.float32:
         return Tile(32, 64 if R < 128 else 32, 0, 4, 1)
-    return Tile(64, 64 if R < 64 else 32, 0, 4 if R < 32 else 8, 1 if family in _SMALL_SHARED else 2)
-
-
-# Where a product of one's own keeps up with the library's: without multicast loads a tile reads L2 more often than
-# Hopper's and Blackwell's caches can serve, and wider tiles do not fit the registers.
-_FUSED = ("sm80", "sm86")
+    stages = 1 if family in _SMALL_SHARED else 2
+    if R == 128:
+        return Tile(32, 32, 0, 4, stages)
+    return Tile(32 if R > 16 and family in _FUSED else 64, 64, 0, 4, stages)
 
 
 def linear(family, M, R, with_bias):
