@@ -14,7 +14,7 @@ from devices import missing
 from bench.arms import NotAvailable
 from bench.cases import Case
 from bench.gpu import __main__ as gpu
-from bench.gpu import child, contenders, page, plan, stand_in, steps, timing
+from bench.gpu import card, child, contenders, page, plan, stand_in, steps, timing
 from bench.gpu.device import Cuda, StandIn
 from bench.result import Result
 
@@ -208,28 +208,74 @@ def test_a_device_that_is_lost_is_not_used_again():
     assert lost.value.contender == "frozen"
 
 
-def test_stages_are_timed_by_events_behind_a_waiting_kernel(monkeypatch):
-    calls = []
+@pytest.fixture
+def calls(monkeypatch):
+    """torch.cuda's calls on the processor: what was called, in order."""
+    seen = []
 
     class Event:
         def __init__(self, enable_timing):
             assert enable_timing
 
         def record(self):
-            calls.append("mark")
-            self.at = len(calls)
+            seen.append("mark")
+            self.at = time.perf_counter()
 
         def elapsed_time(self, other):
-            return 1000.0 * (other.at - self.at)
+            return 1e3 * (other.at - self.at)
 
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("wait"))
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: calls.append("hold"))
-    device = Cuda.__new__(Cuda)
-    device._cycles_per_second = 1e9
-    seconds, host = device.seconds([lambda: calls.append("forward"), lambda: calls.append("backward")], hold=1e-3)
+    def noted(name, result=None):
+        return lambda *args: seen.append(name) or result
+
+    fakes = {
+        "Event": Event,
+        "_sleep": noted("hold"),
+        "synchronize": noted("wait"),
+        "reset_peak_memory_stats": noted("reset"),
+        "empty_cache": noted("empty"),
+        "memory_allocated": noted("allocated", 100),
+        "max_memory_allocated": noted("most", 107),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(Cuda, "kind", "cpu")
+    return seen
+
+
+def test_stages_are_timed_by_events_behind_a_waiting_kernel(calls):
+    device = Cuda()
+    calls.clear()
+    stages = [lambda: calls.append("forward"), lambda: calls.append("backward")]
+    seconds, host = device.seconds(stages, hold=1e-3)
     assert calls == ["wait", "hold", "mark", "forward", "mark", "backward", "mark", "wait"]
-    assert seconds == [2.0, 2.0] and host >= 0
+    assert len(seconds) == 2 and all(s >= 0 for s in (*seconds, host))
+    calls.clear()
+    assert device.peak_bytes(lambda: calls.append("run")) == 7
+    assert calls == ["wait", "reset", "allocated", "run", "wait", "most"]
+
+
+def test_a_real_run_measures_what_a_dry_run_prepares(calls, tmp_path, monkeypatch):
+    from peftkern import dispatch
+
+    small = [replace(SMALL, dtype="bf16+fp32"), replace(SMALL, kind="gram_schmidt"), replace(SMALL, kind="op:rotate")]
+    monkeypatch.setattr(plan, "cases", lambda operations: small)
+    monkeypatch.setitem(dispatch.PREFERENCE, "cpu", ("cpu", "reference"))
+    out = tmp_path / "timing.jsonl"
+    device = Cuda()
+    assert child.time_cases(device, out, time.time() + 300, None, 0.01) == 0
+    rows = [line["row"]["extra_info"] for line in child.lines(out) if "row" in line]
+    arms = (("reference-exact", "peft"), ("reference-fast", "torch"), ("reference",))
+    wanted = {(case.id, arm) for case, some in zip(small, arms, strict=True) for arm in ("frozen", *some)}
+    assert wanted <= {(info["case"]["id"], info["arm"]) for info in rows}
+    assert all(info["peak_bytes"] == 7 and info["overhead"]["rounds"] >= 1 for info in rows)
+    judged = [info for info in rows if info["arm"] in ("peft", "torch", "reference-fast", "reference-exact")]
+    assert all(set(info["error"]) == {"y", "dx", "du"} for info in judged)
+    (compiled,) = {info["not_available"].get("compiled") for info in rows if info["arm"] == "frozen"} - {None}
+    assert "compiling takes long" in compiled
+
+    peaks = card.peaks(device, copy_sizes=(2**16,), product_sizes=(32, 64))
+    assert set(peaks["flops_per_second"]) == {kind for kind, _, _ in card.PRODUCTS}
+    assert peaks["copy_bytes_per_second"] > 0 and peaks["launch_seconds"] > 0
 
 
 def test_a_file_that_needs_a_missing_package_is_left_out_and_named(run, tmp_path, monkeypatch):
