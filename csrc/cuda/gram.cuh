@@ -46,9 +46,7 @@ __device__ inline void gram(const V* X, const V* Y, int left, int right, int64_t
 
 // The tile's place of a number in the order in which warps leave it: fragments (a, b), their halves, lanes.
 __device__ inline int gram_row(int place) { return 4 * (place % 32 / 4) + place / 256; }
-__device__ inline int gram_column(int place) {
-  return 4 * (2 * (place % 4) + place / 32 % 2) + place / 64 % 4;
-}
+__device__ inline int gram_column(int place) { return 4 * (2 * (place % 4) + place / 32 % 2) + place / 64 % 4; }
 
 // The sum of all warps' tiles, in their order, to `out`; `shared` holds one tile per warp.
 template <int kWarps>

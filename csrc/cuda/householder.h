@@ -33,8 +33,8 @@ struct Rows {
   Core core, saved_core;  // at null: none
   int64_t M;
   int K, r;
-  float sign;        // z = x + sign S V^T
-  bool paired;       // V is in the pair basis, P is wanted in the plain one
+  float sign;   // z = x + sign S V^T
+  bool paired;  // V is in the pair basis, P is wanted in the plain one
   // Set by the launcher.
   int part_columns;  // columns of one block; a multiple of 64, or K
   int x_stages;
@@ -42,7 +42,8 @@ struct Rows {
 };
 
 inline unsigned row_tiles(int64_t M) { return unsigned((M + 63) / 64); }
-int row_parts(int64_t M, int K);  // blocks that share the columns of 64 rows
+int row_part_columns(int64_t M, int K);  // columns of one block; K where the rows fill a device
+int row_parts(int64_t M, int K);         // blocks that share 64 rows
 int finish_parts(const Rows& args, int parts, void* stream);
 int rows_float32(const Rows& args, void* stream);
 int rows_bfloat16(const Rows& args, void* stream);
@@ -60,7 +61,7 @@ struct FactorLayer {
 struct Factor {
   FactorLayer layers[kMaxLayers];
   double* partial;     // sum over layers of factor_partials(K, r) times 1024
-  double* matrix;      // layers times factor_matrix(r)
+  double* matrix;      // layers times factor_matrix(r), or null for shared memory, where that is enough
   unsigned* counters;  // one per layer, 0 before and after
   const void* grad;    // kPenaltyCore: one number like V's
   FactorJob job;
@@ -89,8 +90,8 @@ struct OuterPair {
 };
 struct Outer {
   OuterPair pairs[2];
-  float* partial;  // sum of outer_chunks(rows, K) over the pairs, times K r
-  float* dV;       // [K, r]
+  float* partial;        // sum of outer_chunks(rows, K) over the pairs, times K r
+  float* dV;             // [K, r]
   const float *A, *B;    // [core_rows, r]
   double* core_partial;  // core_partials(core_rows, r) times 1024
   double* D;             // [r, r] or null
@@ -115,7 +116,7 @@ struct PairBasis {
 };
 int pair_basis(PairBasis a, void* stream);
 
-struct Product {  // C = alpha A B + D in float64, C contiguous
+struct Product {            // C = alpha A B + D in float64, C contiguous
   const double *A, *B, *D;  // D may be null; its columns are contiguous
   double* C;
   int64_t m, n, k, A_row, A_column, B_row, B_column, D_row;

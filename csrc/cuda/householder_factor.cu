@@ -7,8 +7,8 @@
 // with DMMA, and leaves its sum in a buffer. The block that finishes last adds the buffers in a fixed order and goes on
 // alone: 16 x 16 diagonal blocks by substitution, a half-warp each, then pairs of inverted blocks of s = 16, 32, 64 are
 // merged, T12 = -T11 A12 T22. Grid y is a list of layers: all adapters of a model in one launch.
-// Launch of the second: blocks of 32 rows of V (16 in float64). Each computes dA by itself, r^3 / 3 multiply-adds in 8 x 8
-// tiles of which only the upper ones are kept (70 KB for r = 128), then its rows of dV.
+// Launch of the second: blocks of 32 rows of V (16 in float64). Each computes dA by itself, r^3 / 3 multiply-adds in 8
+// x 8 tiles of which only the upper ones are kept (70 KB for r = 128), then its rows of dV.
 //
 // Bytes: 4 K r read once for every 32 columns (G is symmetric: (n + 1) / 2 times for n = ceil(r / 32)), 8 KB of partial
 // sums per tile and 256 rows, written and read, 8 r^2 for T; least: 4 K r + 8 r^2. Backward: V and dV, 8 K r, and T and
@@ -25,7 +25,7 @@
 namespace peftkern::cuda {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
-constexpr int kSlice = 256;  // rows of V per block
+constexpr int kSlice = 256;                         // rows of V per block
 constexpr int kMatrix = kMaxRank * (kMaxRank + 2);  // doubles that one layer's algebra takes at most
 
 // Inverts the upper triangular n x n matrix A (n a multiple of 16) in place; uses the part below the diagonal.
@@ -52,7 +52,8 @@ static __device__ void invert(double* A, int n, int ld) {
   for (int s = 16; s < n; s *= 2) {
     const int pairs = (n + s - 1) / (2 * s);
     for (int step = 0; step < 2; step++) {
-      // A thread takes four rows i of one column j, of X = A12 T22 and then of T12 = -T11 X; X^T lies below the diagonal.
+      // A thread takes four rows i of one column j, of X = A12 T22 and then of T12 = -T11 X; X^T lies below the
+      // diagonal.
       for (int item = threadIdx.x; item < pairs * (s / 4) * s; item += kThreads) {
         const int j = item % s, i = item / s % (s / 4) * 4, o = item / (s * (s / 4)) * 2 * s;
         if (o + s + j >= n) continue;
@@ -87,9 +88,7 @@ static __device__ void invert(double* A, int n, int ld) {
 static __device__ void penalty(const Factor& f, const double* A, int ld, double* scratch) {
   const int r = f.r;
   const auto scale = [&](int j) { return A[j * ld + j] > 0 ? 1 / sqrt(A[j * ld + j]) : 0.0; };
-  const auto cosine = [&](int i, int j) {
-    return (i < j ? A[i * ld + j] : A[j * ld + i]) * scale(i) * scale(j);
-  };
+  const auto cosine = [&](int i, int j) { return (i < j ? A[i * ld + j] : A[j * ld + i]) * scale(i) * scale(j); };
   for (int j = threadIdx.x; j < r; j += kThreads) {
     double sum = 0;
     for (int i = 0; i < r; i++) {
@@ -175,7 +174,8 @@ __global__ void __launch_bounds__(kThreads) householder_factor_kernel(const __gr
   }
 }
 
-// Upper 8 x 8 tiles of a symmetric matrix; rows 2 and 3 of every four have their halves swapped, against bank conflicts.
+// Upper 8 x 8 tiles of a symmetric matrix; rows 2 and 3 of every four have their halves swapped, against bank
+// conflicts.
 __device__ inline int tile_place(int I, int J, int i, int j) {
   return (J * (J + 1) / 2 + I) * 64 + i * 8 + (j ^ (i & 2) * 2);
 }
@@ -216,8 +216,8 @@ static __device__ void gram_gradient(double* tiles, const double* T, const doubl
 }
 
 template <typename V>
-__global__ void __launch_bounds__(kThreads) householder_factor_backward_kernel(const V* v, const double* T,
-                                                                               const double* dT, V* dV, int K, int r) {
+__global__ void __launch_bounds__(kThreads)
+    householder_factor_backward_kernel(const V* v, const double* T, const double* dT, V* dV, int K, int r) {
   using Tile = BackwardTile<V>;
   extern __shared__ __align__(16) char shared_bytes[];
   const int n = (r + 7) / 8, stride = Tile::stride(r);
@@ -288,7 +288,7 @@ int64_t factor_partials(int K, int r) {
 
 int factor(Factor f, int layers, void* stream) {
   const int reduction = kWarps * kGramTile * 8, matrix = matrix_bytes(f.r);
-  f.in_shared = fits_shared(f.r);
+  f.in_shared = f.matrix == nullptr;
   f.wide = f.r % 4 == 0;
   int64_t blocks = 1;
   for (int i = 0; i < layers; i++) {

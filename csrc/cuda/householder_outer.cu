@@ -2,9 +2,9 @@
 //   dV = sign (x1^T S1 + x2^T S2) [K, r]   x [M, K] half precision or float32, S [M, r] float32
 //   D = sign A^T B [r, r] float64          A, B [M, r] float32: the gradient of T
 //
-// Launch: blocks of 4 warps, one per 64 columns of x and chunk of rows of one pair (x, S), then blocks that take 128 rows
-// of A and B and one 32 x 32 tile of D. Rows come 32 at a time through a ring of three stages (two for r = 128); a warp
-// holds 16 columns x r in registers. Every block leaves its sum in a buffer of its own; the second launch adds the
+// Launch: blocks of 4 warps, one per 64 columns of x and chunk of rows of one pair (x, S), then blocks that take 128
+// rows of A and B and one 32 x 32 tile of D. Rows come 32 at a time through a ring of three stages (two for r = 128); a
+// warp holds 16 columns x r in registers. Every block leaves its sum in a buffer of its own; the second launch adds the
 // buffers in a fixed order. No atomics: two runs give the same bits.
 //
 // Bytes: x once, s M K; S once per 64 columns, 4 M r K / 64 (from L2: as much as x for r = 32); the partial sums,
@@ -128,9 +128,16 @@ __device__ void outer_block(const Outer& a, char* shared) {
 #pragma unroll
   for (int n = 0; n < kTiles; n++) {
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const int row = column0 + 16 * warp + g + i / 2 * 8, column = 8 * n + 2 * t + i % 2;
-      if (row < a.K && column < a.r) out[int64_t(row) * a.r + column] = total[n][i];
+    for (int lower = 0; lower < 2; lower++) {
+      const int row = column0 + 16 * warp + g + 8 * lower, column = 8 * n + 2 * t;
+      if (row >= a.K || column >= a.r) continue;
+      float* to = out + int64_t(row) * a.r + column;
+      if (a.r % 2 == 0) {
+        *reinterpret_cast<float2*>(to) = make_float2(total[n][2 * lower], total[n][2 * lower + 1]);
+      } else {
+        to[0] = total[n][2 * lower];
+        if (column + 1 < a.r) to[1] = total[n][2 * lower + 1];
+      }
     }
   }
 }
@@ -209,8 +216,7 @@ static int launch_outer(const Outer& a, int core_blocks, void* stream) {
   const int blocks = columns * (a.pairs[0].chunks + a.pairs[1].chunks) + core_blocks;
   const int core = kOuterWarps * kGramTile * 8, tile = OuterTile<X, R>::kShared;
   const int shared = core_blocks > 0 && core > tile ? core : tile;
-  return blocks == 0 ? 0
-                     : launch(householder_outer_kernel<X, R>, dim3(blocks), kOuterThreads, shared, stream, a);
+  return blocks == 0 ? 0 : launch(householder_outer_kernel<X, R>, dim3(blocks), kOuterThreads, shared, stream, a);
 }
 
 template <typename X>

@@ -2,20 +2,21 @@
 //   P = x V [M, r],  S = P C [M, r] (float64 inside),  z = x + sign S V^T        x, z [M, K], V [K, r], C [r, r]
 //   with `given`:  S = given, z = x + sign S V^T (x may be null: an outer product);  with `saved`: saved_out = saved C'
 //
-// Launch: one block of 8 warps per 64 rows. Two sweeps over the columns in chunks of 128 bytes: the first multiplies, the
-// second updates, in the opposite order. A ring of chunks of x in shared memory feeds the first; the second finds there
-// what the ring still holds (all of x where it fits: one read), and fetches the rest from where it was read last, the L2
-// cache. S stays in shared memory. Two warps share 16 rows: in the first sweep they take turns with the columns of V, in
-// the second each has half of a chunk. Few rows do not fill a device: then blocks share the columns as well, the first
-// sweep leaves partial sums, a kernel of one warp per 8 rows adds them and takes P C, and a third launch updates.
+// Launch: one block of 8 warps per 64 rows. Two sweeps over the columns in chunks of 128 bytes: the first multiplies,
+// the second updates, in the opposite order. A ring of chunks of x in shared memory feeds the first; the second finds
+// there what the ring still holds (all of x where it fits: one read), and fetches the rest from where it was read last,
+// the L2 cache. S stays in shared memory. Two warps share 16 rows: in the first sweep they take turns with the columns
+// of V, in the second each has half of a chunk. Few rows do not fill a device: then blocks share the columns as well,
+// the first sweep leaves partial sums, a kernel of one warp per 8 rows adds them and takes P C, and a third launch
+// updates.
 //
-// Bytes: x and z once each at least, s M K apiece, and P 4 M r. Requested: x a second time beyond the ring's chunks, and
-// V (4 K r) once per sweep and block, from L2. A tile of 16 rows would keep all of x for K = 4096 but ask L2 for V four
-// times as often: 512 MB for r = 32, 8192 tokens, against 64 MB for reading x again.
-// Flops: 4 M K r in tf32 twice (half precision: x is exact in tf32, V has two terms) or three times; S: M r^2 in float64.
-// Half precision takes tf32 products since they have float32's range: no scaling of V, two terms instead of three bf16
-// ones. float32 takes three tf32 products: 6 times the FFMA rate over 3. Sums of sixteen terms are added
-// outside of the tensor core, which cuts towards zero.
+// Bytes: x and z once each at least, s M K apiece, and P 4 M r. Requested: x a second time beyond the ring's chunks,
+// and V (4 K r) once per sweep and block, from L2. A tile of 16 rows would keep all of x for K = 4096 but ask L2 for V
+// four times as often: 512 MB for r = 32, 8192 tokens, against 64 MB for reading x again. Flops: 4 M K r in tf32 twice
+// (half precision: x is exact in tf32, V has two terms) or three times; S: M r^2 in float64. Half precision takes tf32
+// products since they have float32's range: no scaling of V, two terms instead of three bf16 ones. float32 takes three
+// tf32 products: 6 times the FFMA rate over 3. Sums of sixteen terms are added outside of the tensor core, which cuts
+// towards zero.
 //
 // Why CUDA C++: Triton has neither a ring that survives from one sweep to the next nor the r x r product in float64
 // fragments between them.
@@ -330,7 +331,7 @@ int launch_sweeps(Rows args, int parts, void* stream) {
   using Tile = RowTile<X, R>;
   const Architecture arch = architecture();
   const auto fitting = [](int bytes) { return (bytes - Tile::shared(0)) / Tile::kXBytes; };
-  args.part_columns = parts == 1 ? args.K : int((args.K + int64_t(64) * parts - 1) / (64 * parts) * 64);
+  args.part_columns = parts == 1 ? args.K : row_part_columns(args.M, args.K);
   const int chunks = (args.part_columns + Tile::kColumns - 1) / Tile::kColumns;
   // All of x where one block may have it, else a ring that leaves room for a second block.
   const bool both = args.given == nullptr && args.z != nullptr;

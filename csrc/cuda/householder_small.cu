@@ -6,10 +6,10 @@
 // Pair basis (README.md, eq. 9): Vp = [(v0 + v1) / 2, v0 - v1, ...] [K, r] float32, Cp = E T^T E^T [r, r] float64. One
 // launch of 256 threads per 1024 numbers; 8 K r + 16 r^2 bytes, which is the least.
 //
-// Products of float64 matrices of any strides, C = alpha A B + D, for float64 activations: C [m, n], A [m, k], B [k, n].
-// Launch: 4 warps per 32 x 32 of C, each 16 x 16 in DMMA fragments straight from global memory: whole 32-byte sectors
-// where the contraction or the columns are contiguous. Bytes: A once per 32 columns, B once per 32 rows; 2 m n k flops.
-// float64 activations are for tests of gradients; their products gain nothing from fusion, so there is none.
+// Products of float64 matrices of any strides, C = alpha A B + D, for float64 activations: C [m, n], A [m, k], B [k,
+// n]. Launch: 4 warps per 32 x 32 of C, each 16 x 16 in DMMA fragments straight from global memory: whole 32-byte
+// sectors where the contraction or the columns are contiguous. Bytes: A once per 32 columns, B once per 32 rows; 2 m n
+// k flops. float64 activations are for tests of gradients; their products gain nothing from fusion, so there is none.
 
 #include "cuda/householder.h"
 #include "cuda/small.cuh"
@@ -18,12 +18,13 @@
 
 namespace peftkern::cuda {
 
-int row_parts(int64_t M, int K) {
+int row_part_columns(int64_t M, int K) {
   const int64_t tiles = row_tiles(M);
-  if (tiles == 0 || tiles >= kFill / 6) return 1;
-  const int64_t parts = kFill / 2 / tiles, most = K / 256;
-  return int(parts < most ? parts : most < 1 ? 1 : most);
+  if (tiles == 0 || tiles >= kFill / 6 || K < 512) return K;
+  const int64_t wanted = kFill / 2 / tiles, most = K / 256, parts = wanted < most ? wanted : most;
+  return int((K + 64 * parts - 1) / (64 * parts) * 64);
 }
+int row_parts(int64_t M, int K) { return (K + row_part_columns(M, K) - 1) / row_part_columns(M, K); }
 
 template <int R>
 __global__ void __launch_bounds__(256) householder_parts_kernel(const __grid_constant__ Rows a, int parts) {

@@ -23,8 +23,8 @@ __device__ inline void split_pairs(float2 upper, float2 lower, uint32_t (&a)[2][
   split_tf32(lower.y, a[0][3], a[1][3]);
 }
 
-// total += the product of two left operands and b = (2t, g), (2t + 1, g) of eight columns each; summed in float32 outside
-// of the tensor core after every sixteen.
+// total += the product of two left operands and b = (2t, g), (2t + 1, g) of eight columns each; summed in float32
+// outside of the tensor core after every sixteen.
 template <int kTerms>
 __device__ inline void products(float (&total)[4], const uint32_t (&a)[2][kTerms][4], const float (&b)[2][2]) {
   float sum[4] = {};
@@ -81,9 +81,9 @@ __device__ inline void store_rows(const float* tile, float* out, int64_t begin, 
   }
 }
 
-// tile := tile C on eight rows of one warp, in float64. C is block triangular in tiles of eight: a lower core needs only
-// columns at and right of the one it writes, so the product is taken in place, from the left (an upper one from the
-// right).
+// tile := tile C on eight rows of one warp, in float64. C is block triangular in tiles of eight: a lower core needs
+// only columns at and right of the one it writes, so the product is taken in place, from the left (an upper one from
+// the right).
 template <int R>
 __device__ inline void times_core(float* tile, const Core& C, int r, int lane) {
   const int g = lane / 4, t = lane % 4, tiles = (r + 7) / 8;

@@ -62,9 +62,9 @@ __device__ inline void mma_f64(double (&c)[2], double a, double b) {
                : "d"(a), "d"(b));
 }
 
-// v = high + low to 2^-22 of v: the products high high + high low + low high keep float32 accuracy. The low part is rounded
-// by an addition, since the tensor core drops what tf32 does not hold; the high part must keep a NaN a NaN.
-// An operand that serves many products rounds its high part as well (6 instructions), one that serves few cuts it (3).
+// v = high + low to 2^-22 of v: the products high high + high low + low high keep float32 accuracy. The low part is
+// rounded by an addition, since the tensor core drops what tf32 does not hold; the high part must keep a NaN a NaN. An
+// operand that serves many products rounds its high part as well (6 instructions), one that serves few cuts it (3).
 __device__ inline void split_tf32(float v, uint32_t& high, uint32_t& low) {
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(high) : "f"(v));
   low = __float_as_uint(v - __uint_as_float(high)) + 0x1000u;

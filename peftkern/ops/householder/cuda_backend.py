@@ -137,12 +137,13 @@ def _run_factor(Vs, outs, job, squared=True, grad=None):
         some, results = Vs[i : i + _MAX_LAYERS], outs[i : i + _MAX_LAYERS]
         tiles = sum(library.householder_factor_partials(V.shape[0], r) for V in some)
         partial = some[0].new_empty(tiles, 1024, dtype=torch.float64)
-        matrix = some[0].new_empty(len(some), library.householder_factor_matrix(r), dtype=torch.float64)
+        size = library.householder_factor_matrix(r)  # 0 where the device's shared memory is enough
+        matrix = some[0].new_empty(len(some), size, dtype=torch.float64) if size else None
         counters = _cuda.counters(some[0], len(some))
         with _cuda.guard(some[0]):
             library.householder_factor(
                 [(V.data_ptr(), out.data_ptr(), V.shape[0]) for V, out in zip(some, results, strict=True)], job, r,
-                some[0].dtype is torch.float64, squared, partial.data_ptr(), matrix.data_ptr(), counters.data_ptr(),
+                some[0].dtype is torch.float64, squared, partial.data_ptr(), _pointer(matrix), counters.data_ptr(),
                 _pointer(grad), _cuda.stream(some[0]),
             )
 
