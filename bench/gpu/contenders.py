@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bench import arms
 from bench.arms import Arm, NotAvailable
 from bench.cases import Problem
+from bench.gpu import stand_in
 from peftkern import dispatch
 
 Stages = list[Callable[[], object]]
@@ -105,6 +106,8 @@ def _check_backend(backend: str, device):
     """Raise where a backend serves nothing here: its figures would be those of the next one."""
     if backend == "reference":
         return
+    if device.simulated and backend in stand_in.missing():
+        raise NotAvailable(f"backend {backend}: {stand_in.missing()[backend]}")
     known = [o.backend(backend) for o in dispatch.operations().values()]
     modules = {module for module, _ in known if module is not None}
     if not modules:

@@ -64,6 +64,13 @@ def test_the_floor_of_the_goal_is_what_the_data_sheet_gives():
     assert in_fp32.limit == "fp32"
 
 
+def test_no_form_that_calls_the_frozen_layer_as_it_is_reaches_the_goal():
+    passes = 5 * 8192 * 4096 * 2 / 3.35e12
+    least = model.predict(model.fewest_passes(model.GOAL_CASE), H100, H100.peak).seconds
+    assert least == pytest.approx(model.predict(model.frozen(model.GOAL_CASE), H100, H100.peak).seconds + passes + 2e-6)
+    assert "five times at least: 18.3 %" in "".join(model.goal())
+
+
 def test_unknown_cards_are_refused_with_a_sentence(capsys):
     with pytest.raises(ValueError, match="no rates are known for a card 'Voodoo 2'; the cards are A100"):
         cards.card("Voodoo 2")
