@@ -25,7 +25,7 @@ def _padded(a, b):
 
 
 def _repeats(warps, rows):
-    """How often a product of so many rows is computed: warps stand below each other, 16 rows each."""
+    """How often a product of so many rows is computed: in a kernel of several, warps stand below each other."""
     return max(1, 16 * warps // rows)
 
 
@@ -95,7 +95,7 @@ def _update(family, dtype, M, K, r, with_y=False, with_s=False, z=False, dV=Fals
     read = rows * (with_y + dV) + columns * of_rows * factors + row_tiles * V * z_terms
     written = rows * z + 4 * splits * K * r * dV
     unique = rows * (with_y + dV) + of_rows * (3 * dV * (1 + with_s) or z_terms) + V * z_terms + written
-    products = _OF_TERMS.get(z_terms, 0) * _repeats(tile.warps, tile.rows)
+    products = _OF_TERMS.get(z_terms, 0) * (_repeats(tile.warps, tile.rows) if dV else 1)
     products += dV * (1 + with_s) * _PRODUCTS[_TERMS[dtype]] * _repeats(tile.warps, tile.cols)
     flops = 2 * row_tiles * tile.rows * columns * tile.cols * R * products
     return Launch("update_kernel", read, written, unique, {"tensor_bf16": flops}, columns * splits), splits
@@ -124,7 +124,7 @@ def _invert(r, splits):
     written = 8 * (2 * R * R + 16 * R + r * r + sum(B * B * pairs for B, pairs in merges))
     # Four warps share a 16 x 16 product by doing it twice.
     flops = {"tensor_fp64": sum(4 * B**3 * pairs * (2 if B == 16 else 1) for B, pairs in merges)}
-    return Launch("invert_kernel", read, written, 8 * (splits * r * r + r * r + 2 * R * R), flops, 1)
+    return Launch("invert_kernel", read, written, 8 * (splits * r * r + r * r + 4 * R * R), flops, 1)
 
 
 def _gram_gradient(r):
