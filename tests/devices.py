@@ -53,11 +53,6 @@ def triton_missing():
     return None if importlib.util.find_spec("triton") else "Triton is not installed"
 
 
-def nvcc_missing():
-    """Why no CUDA C++ can be compiled; None if some can."""
-    return None if build.nvcc() else "no nvcc ($NVCC, the PATH or $CUDA_HOME)"
-
-
 def _written(operation, backend):
     return operation.backend(backend)[0] is not None
 

@@ -101,7 +101,9 @@ def missing(level, backend):
     if level == 2 or (level == 3 and backend == "triton"):
         return devices.triton_missing()
     if level == 3:
-        return devices.nvcc_missing()
+        from compiled import cuda_library
+
+        return cuda_library.missing()
     return devices.missing(backend)
 
 

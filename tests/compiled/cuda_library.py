@@ -34,11 +34,27 @@ def missing():
     return None
 
 
+# Kernels that must use tensor cores, by the opcode, and those whose loops must move 16 bytes per lane and access.
+TENSOR = {
+    "householder_rows_kernel": "HMMA",
+    "householder_outer_kernel": "HMMA",
+    "householder_factor_kernel": "DMMA",
+    "gram_schmidt_gram_kernel": "DMMA",
+    "gram_schmidt_factor_kernel": "DMMA",
+}
+WIDE = ("householder_rows_kernel", "householder_outer_kernel", "gram_schmidt_gram_kernel")
+
+
 def broken_rules(kernel, figures):
     """Rules that a kernel breaks, as sentences."""
+    base = kernel.split("<")[0]
     lines = [f"{figures.spilled} bytes spilled"] if figures.spilled else []
     if figures.shared > STATIC_SHARED:
         lines.append(f"{figures.shared} bytes of static shared memory")
+    if base in TENSOR and TENSOR[base] not in figures.tensor:
+        lines.append(f"no {TENSOR[base]} (found: {' '.join(figures.tensor) or 'no tensor cores'})")
+    if base in WIDE and figures.widest_in_loops < 16:
+        lines.append(f"loops move at most {figures.widest_in_loops} bytes per access to global memory")
     return lines
 
 
