@@ -26,14 +26,17 @@ PRODUCTS = (
 LONGEST_PRODUCT = 0.2  # seconds; larger sizes of a slow kind are left out
 
 
-def smi() -> dict[str, str]:
-    """nvidia-smi's answers of the first device; empty where there is no nvidia-smi or it does not answer."""
+def smi(device: str = "0") -> dict[str, str]:
+    """nvidia-smi's answers about one device; empty where there is no nvidia-smi or it does not answer.
+
+    device: index or UUID. Its indices are not torch's where CUDA_VISIBLE_DEVICES is set.
+    """
     if shutil.which("nvidia-smi") is None:
         return {}
     answers = {}
     for name in QUERY:
         # One by one: an unknown field of one driver must not take the others with it.
-        command = ["nvidia-smi", f"--query-gpu={name}", "--format=csv,noheader", "--id=0"]
+        command = ["nvidia-smi", f"--query-gpu={name}", "--format=csv,noheader", f"--id={device}"]
         try:
             run = subprocess.run(command, capture_output=True, text=True, timeout=10)
         except (OSError, subprocess.TimeoutExpired):
@@ -53,6 +56,12 @@ def properties() -> dict[str, object]:
         "memory_bytes": p.total_memory,
         "l2_bytes": getattr(p, "L2_cache_size", None),
     }
+
+
+def describe() -> dict[str, object]:
+    """Both, of torch's current device."""
+    uuid = getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "uuid", None)
+    return smi("0" if uuid is None else f"GPU-{uuid}") | properties()
 
 
 def slug(name: str) -> str:

@@ -117,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.backends.cuda.matmul.allow_tf32 = False
     if options.step == "card":
-        options.out.write_text(json.dumps({"card": card.smi() | card.properties()}) + "\n")
+        options.out.write_text(json.dumps({"card": card.describe()}) + "\n")
         return 0
     device = StandIn() if options.dry_run else Cuda()
     if options.step == "peaks":

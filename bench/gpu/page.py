@@ -40,7 +40,10 @@ def _cell(case: CaseResult, arm: str, text: Callable) -> str:
 
 
 def total(case: CaseResult, arm: str) -> str:
-    show = (lambda e: duration(e.stats["median"])) if arm == "frozen" else (lambda e: ratio(e.overhead))
+    def show(entry):
+        text = duration(entry.stats["median"]) if arm == "frozen" else ratio(entry.overhead)
+        return text + "*" * entry.info["host_bound"]
+
     return _cell(case, arm, show)
 
 
@@ -145,7 +148,8 @@ def render(result: Result) -> str:
         sections.append(
             markup.section(
                 "Forward + backward",
-                "Device time over that of the frozen layer, whose own time stands first; median of the rounds' ratios.",
+                "Device time over that of the frozen layer, whose own time stands first; median of the rounds' "
+                "ratios. * the device waited for Python within the step, as it would in use.",
                 _html(*table(layers, total)),
             )
         )

@@ -14,9 +14,12 @@ from bench.arms import NotAvailable
 from bench.cases import Case, Problem, make_problem
 from bench.gpu import contenders
 from bench.gpu.contenders import Contender
+from bench.gpu.device import LONGEST_HOLD
 
 MOST_ROUNDS, FEWEST_ROUNDS = 30, 5
 ROUNDS = "the rounds"
+# The device is held for that many times what the host needs to enqueue a step: the host then stays ahead of it.
+AHEAD = 1.3
 # A contender may take this long to run for the first time, kernels compiled.
 FIRST_RUN = 45.0
 
@@ -178,8 +181,7 @@ def rounds(built: dict[str, Contender], device, seconds: float) -> dict[str, dic
     """Interleaved samples of each contender, by round; in each round in the next balanced order."""
     first = {name: min((_once(c, device, 0.0) for _ in range(3)), key=lambda s: s.total) for name, c in built.items()}
     cost = {name: max(s.total, s.host) for name, s in first.items()}
-    # A third more than the host needs: it then stays ahead of the device.
-    hold = {name: 1.3 * s.host for name, s in first.items()}
+    hold = {name: AHEAD * s.host for name, s in first.items()}
     plan = measure.make_plan(cost, seconds, FEWEST_ROUNDS, MOST_ROUNDS)
     orders = measure.balanced_orders(len(built))
     listed = list(built)
@@ -222,6 +224,8 @@ def as_rows(done: Measured) -> list[dict[str, object]]:
         info = {"case": done.case.fields(), "arm": name, **done.info.get(name, {})}
         info["overhead"] = _overheads(samples, floor, slice(None))
         info["host_seconds"] = statistics.median(s.host for s in listed)
+        # Then the device waited for Python within the step, as it would in use.
+        info["host_bound"] = AHEAD * info["host_seconds"] > LONGEST_HOLD
         if len(listed[0].stages) > 1:
             info["forward"] = _stats([s.stages[0] for s in listed])
             info["forward_overhead"] = _overheads(samples, floor, slice(0, 1))

@@ -305,3 +305,22 @@ def test_outcomes_survive_and_are_not_repeated(tmp_path):
     assert "why" in found["test_bad"]["said"] and "not now" in found["test_skipped"]["said"]
     again = subprocess.run([*command, "--not-again", str(out)], cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 5 and "3 deselected" in again.stdout
+
+
+def test_the_card_is_the_one_that_torch_uses(tmp_path, monkeypatch):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(
+        '#!/bin/sh\ncase "$*" in *--id=GPU-7*clocks.sm*|*clocks.sm*--id=GPU-7*) echo "1410 MHz";; *) exit 1;; esac\n'
+    )
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+
+    class Properties:
+        name, major, minor, multi_processor_count, total_memory, uuid = "NVIDIA A100", 8, 0, 108, 80 << 30, "7"
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", {1: Properties}.__getitem__)
+    found = card.describe()
+    assert found["clocks.sm"] == "1410 MHz" and "power.limit" not in found
+    assert (found["name"], found["capability"], found["l2_bytes"]) == ("NVIDIA A100", "8.0", None)
+    assert card.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
