@@ -1,4 +1,4 @@
-"""The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a C++ program that checks itself."""
+"""The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in C++ programs that check themselves."""
 
 import os
 import shutil
@@ -39,8 +39,11 @@ def test_kernels_are_clean_under_the_sanitizers(tmp_path):
         return str(target)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, [*sorted((CSRC / "cpu").glob("*.cpp")), HERE / "check_kernels.cpp"]))
-    program = str(tmp_path / "check_kernels")
-    run(cxx, *FLAGS, *objects, "-o", program)
-    # libgomp keeps its pool of threads for the life of the process.
-    assert "0 failures" in run(program, ASAN_OPTIONS="detect_leaks=0", OMP_NUM_THREADS="2")
+        checks = sorted(HERE.glob("check_*.cpp"))
+        kernels = list(pool.map(compile_one, sorted((CSRC / "cpu").glob("*.cpp"))))
+        programs = list(pool.map(compile_one, checks))
+    for check, main in zip(checks, programs, strict=True):
+        program = str(tmp_path / check.stem)
+        run(cxx, *FLAGS, *kernels, main, "-o", program)
+        # libgomp keeps its pool of threads for the life of the process.
+        assert "0 failures" in run(program, ASAN_OPTIONS="detect_leaks=0", OMP_NUM_THREADS="2")
