@@ -156,7 +156,10 @@ def _linear_backward(family, dtype, M, N, K, r, tile):
     """(launch, splits of dV)."""
     s, R = dtype.itemsize, tiles.rank(r)
     tiles_m, tiles_k = _over(M, tile.rows), _over(K, tile.cols)
-    splits = _over(tiles_m, tiles.row_tiles(family, tiles_m, tiles_k))
+    per_program = tiles.row_tiles(family, tiles_m, tiles_k)
+    splits = _over(tiles_m, per_program)
+    # The last program takes as many tiles as the others, if only to find no rows in them.
+    tiles_m = splits * per_program
     terms = tiles.dx_terms(K, r)
     read = tiles_k * M * (N * s + 12 * R) + tiles_m * K * (N * s + 2 * R * terms) + M * K * s
     written, area = M * K * s + 4 * splits * K * r, tiles_m * tile.rows * tiles_k * tile.cols

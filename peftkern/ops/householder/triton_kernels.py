@@ -332,7 +332,7 @@ def linear_backward_kernel(
     o_i, o_k, o_n, o_r = tl.arange(0, BM), i_k * BK + tl.arange(0, BK), tl.arange(0, BN), tl.arange(0, R)
     p_ws = p_w + o_n[:, None].to(tl.int64) * s_w + o_k[None, :]
     b_dv = tl.zeros((BK, R), tl.float32)
-    for i in range(0, tl.minimum(row_tiles, tl.cdiv(M, BM) - i_m * row_tiles)):
+    for i in range(0, row_tiles):
         o_m = ((i_m * row_tiles + i) * BM + o_i).to(tl.int64)[:, None]
         p_dys = p_dy + o_m * s_dy + o_n[None, :]
         b_dz = tl.zeros((BM, BK), tl.float32)

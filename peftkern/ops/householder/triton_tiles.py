@@ -37,7 +37,7 @@ def project(family, dtype, M, R):
     if dtype is torch.float64:
         return Tile(32, 0, 16, 4, 1 if family in _SMALL_SHARED else 2)
     if dtype is torch.float32:
-        return Tile(_row_bucket(M, 64), 0, 32, 4, 2)
+        return Tile(_row_bucket(M, 64), 0, 32, 4 if R < 128 else 8, 2)
     if family in _SMALL_SHARED:
         return Tile(_row_bucket(M, 64), 0, 32, 4, 2)
     if family == "sm86":
@@ -57,9 +57,9 @@ def update(family, dtype, R):
     if dtype is torch.float64:
         return Tile(16, 32, 0, 4, 1)
     if dtype is torch.float32:
-        return Tile(32, 64 if R < 128 else 32, 0, 4, 1)
+        return Tile(32, 64, 0, 4, 1) if R < 64 else Tile(16, 32, 0, 4, 1)
     stages = 1 if family in _SMALL_SHARED else 2
-    if R == 128:
+    if R == 128 or (R == 64 and family in _FUSED):
         return Tile(32, 32, 0, 4, stages)
     return Tile(32 if R > 16 and family in _FUSED else 64, 64, 0, 4, stages)
 
