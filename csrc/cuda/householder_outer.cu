@@ -212,6 +212,7 @@ int core_partials(int64_t rows, int r) {
 
 template <typename X, int R>
 static int launch_outer(const Outer& a, int core_blocks, void* stream) {
+  static_assert(OuterTile<X, R>::kShared <= kLeastShared);
   const int columns = (a.K + kOuterColumns - 1) / kOuterColumns;
   const int blocks = columns * (a.pairs[0].chunks + a.pairs[1].chunks) + core_blocks;
   const int core = kOuterWarps * kGramTile * 8, tile = OuterTile<X, R>::kShared;

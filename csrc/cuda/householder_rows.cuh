@@ -329,6 +329,7 @@ __global__ void __launch_bounds__(RowTile<X, R>::kThreads, RowTile<X, R>::kBlock
 template <typename X, int R>
 int launch_sweeps(Rows args, int parts, void* stream) {
   using Tile = RowTile<X, R>;
+  static_assert(Tile::shared(Tile::kVStages) <= kLeastShared);
   const Architecture arch = architecture();
   const auto fitting = [](int bytes) { return (bytes - Tile::shared(0)) / Tile::kXBytes; };
   args.part_columns = parts == 1 ? args.K : row_part_columns(args.M, args.K);

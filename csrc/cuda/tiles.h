@@ -22,6 +22,8 @@ constexpr Architecture kArchitectures[] = {
     {120, 99 * 1024, 49 * 1024},    // RTX 50
 };
 
+constexpr int kLeastShared = 99 * 1024;
+
 // The row of the current device; a device between two rows takes the older one.
 inline Architecture architecture() {
   int device = 0, major = 8, minor = 0;

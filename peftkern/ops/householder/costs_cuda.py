@@ -223,8 +223,8 @@ def launches(op, *, M, K, N, r, dtype, family):
         return [
             *rows(N, K, P=True),
             *rows(M, N, P=True, S=True, core=True, saved=True),
-            _library("dy W", M, K, N, dtype),
-            *rows(M, K, z=True, given=True),
+            *rows(M, K, x=False, z=True, given=True),
+            _library("dx += dy W", M, K, N, dtype, accumulate=True),
             *_outer(dtype, [M], N, r),
             *_outer(dtype, [N, M], K, r, M),
         ]

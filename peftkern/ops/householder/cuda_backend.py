@@ -276,9 +276,10 @@ def rotated_linear_backward(dy, x, weight, P, V, T, output_mask):
     dV = dT = None
     dx = x.new_empty(0)
     if want_dx:
-        dx = torch.mm(dy_rows, weight)
-        _run_rows(M, x, V, x=dx, z=dx, given=R)
-        dx = dx.view(x.shape)
+        # As y: the update alone is rounded, and the product's accumulator starts from it.
+        dx = x.new_empty(M, K)
+        _run_rows(M, x, V, z=dx, given=R)
+        dx = dx.addmm_(dy_rows, weight).view(x.shape)
     if want_dV:
         U, _ = _run_outer(x, [(dy_rows, S)], N, r)
         dV, dT = _run_outer(x, [(W, U), (rows, R)], K, r, -1.0, (Q, P))
