@@ -56,6 +56,25 @@ def factor(u, dtype=torch.float32, gram_schmidt=False):
     return V, reference.wy_factor(V) if by_formula else autograd.WYFactor.apply(V)
 
 
+def factor_many(us, dtype=torch.float32):
+    """`factor` of several u at once, differentiable in each: the CUDA backend takes all that share r in one launch.
+
+    Args:
+        us: list of [K, r], floating, on one device; K and r as they come.
+        dtype: as in `factor`.
+
+    Returns:
+        A list of pairs (V, T), in the order of us, each with the bits that `factor` returns.
+    """
+    if torch.compiler.is_compiling() or _transforms.needs_reference():
+        return [factor(u, dtype) for u in us]
+    Vs, Ts = [u.to(dtype) for u in us], {}
+    for r in {V.shape[1] for V in Vs}:
+        alike = [i for i, V in enumerate(Vs) if V.shape[1] == r]
+        Ts |= zip(alike, autograd.WYFactors.apply(*(Vs[i] for i in alike)), strict=True)
+    return [(V, Ts[i]) for i, V in enumerate(Vs)]
+
+
 def compose(factors):
     """One (V, T) for the product H_1 H_2 ... of several: T = [[T1, -T1 V1^T V2 T2], [0, T2]] (README.md, eq. 7)."""
     V, T = factors[0]

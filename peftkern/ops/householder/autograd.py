@@ -7,7 +7,7 @@ it is taken from the reference formulas, which torch can differentiate again; no
 import torch
 
 from peftkern.ops import _transforms
-from peftkern.ops.householder import reference
+from peftkern.ops.householder import contract, reference
 
 _ops = torch.ops.peftkern
 
@@ -27,6 +27,27 @@ class WYFactor(torch.autograd.Function):
         if _transforms.differentiating_twice():
             return reference.wy_factor_backward(dT, V, reference.wy_factor(V))
         return _ops.wy_factor_backward(dT.contiguous(), V, T)
+
+
+class WYFactors(torch.autograd.Function):
+    """Several V [K, r] of one r -> their T, in one launch for every 64 of them where the CUDA backend serves."""
+
+    @staticmethod
+    def forward(ctx, *Vs):
+        serving = (name for name, ok, _ in contract.WY_FACTOR.explain(Vs[0]) if ok)
+        backend, _ = contract.WY_FACTOR.backend(next(serving, "reference"))
+        Ts = backend.factor_many(Vs) if hasattr(backend, "factor_many") else [_ops.wy_factor(V) for V in Vs]
+        ctx.save_for_backward(*Vs, *Ts)
+        return tuple(Ts)
+
+    @staticmethod
+    def backward(ctx, *dTs):
+        n = len(dTs)
+        Vs, Ts = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
+        if _transforms.differentiating_twice():
+            formula = reference.wy_factor_backward
+            return tuple(formula(dT, V, reference.wy_factor(V)) for dT, V in zip(dTs, Vs, strict=True))
+        return tuple(_ops.wy_factor_backward(dT.contiguous(), V, T) for dT, V, T in zip(dTs, Vs, Ts, strict=True))
 
 
 class Rotate(torch.autograd.Function):

@@ -282,3 +282,15 @@ def test_compose_is_the_product_of_the_chains(backend):
     truth = oracle.value_and_gradients(lambda *us: oracle.rotate(x, torch.cat(us, 1)), factors, dz)[1:]
     for ours, exact in zip(seen, truth, strict=True):
         assert oracle.error(ours, exact) < 1e-12
+
+
+def test_factors_of_many_layers_are_those_of_each_with_their_gradients(backend):
+    us = [torch.randn(K, r, dtype=torch.float64) for K, r in ((9, 3), (20, 4), (31, 3))]
+    dTs = [torch.randn(u.shape[1], u.shape[1], dtype=torch.float64) for u in us]
+    results = []
+    for function in (householder.factor_many, lambda us, dtype: [householder.factor(u, dtype) for u in us]):
+        leaves = [u.clone().requires_grad_() for u in us]
+        Ts = [T for _, T in function(leaves, torch.float64)]
+        results.append((*Ts, *torch.autograd.grad(Ts, leaves, dTs)))
+    for many, one in zip(*results, strict=True):
+        assert torch.equal(many, one)
