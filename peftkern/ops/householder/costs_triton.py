@@ -24,11 +24,6 @@ def _padded(a, b):
     return _over(a, b) * b
 
 
-def _repeats(warps, rows):
-    """How often a product of so many rows is computed: in a kernel of several, warps stand below each other."""
-    return max(1, 16 * warps // rows)
-
-
 def _split(rows, r, terms, pair=False):
     R = tiles.rank(r)
     read, written = 4 * rows * (r + (r - r % 2) * pair), 2 * terms * rows * R
@@ -58,7 +53,7 @@ def _project(family, dtype, M, K, r):
 
 def _reduce(n, splits, size=4):
     read = splits * n * size
-    return Launch("reduce_kernel", read, n * size, read + n * size, {}, _over(n, tiles.REDUCE))
+    return Launch("reduce_kernel", read, n * size, read + n * size, {}, _over(n, tiles.reduce(n)))
 
 
 def _gathered(project):
@@ -95,8 +90,10 @@ def _update(family, dtype, M, K, r, with_y=False, with_s=False, z=False, dV=Fals
     read = rows * (with_y + dV) + columns * of_rows * factors + row_tiles * V * z_terms
     written = rows * z + 4 * splits * K * r * dV
     unique = rows * (with_y + dV) + of_rows * (3 * dV * (1 + with_s) or z_terms) + V * z_terms + written
-    products = _OF_TERMS.get(z_terms, 0) * (_repeats(tile.warps, tile.rows) if dV else 1)
-    products += dV * (1 + with_s) * _PRODUCTS[_TERMS[dtype]] * _repeats(tile.warps, tile.cols)
+    # How Triton lays four warps over z's tile: some are computed twice.
+    twice = tile.rows == 32 and (tile.cols == 64) == dV
+    products = _OF_TERMS.get(z_terms, 0) * (2 if twice else 1)
+    products += dV * (1 + with_s) * _PRODUCTS[_TERMS[dtype]]
     flops = 2 * row_tiles * tile.rows * columns * tile.cols * R * products
     return Launch("update_kernel", read, written, unique, {"tensor_bf16": flops}, columns * splits), splits
 
@@ -163,8 +160,9 @@ def _linear_backward(family, dtype, M, N, K, r, tile):
     terms = tiles.dx_terms(K, r)
     read = tiles_k * M * (N * s + 12 * R) + tiles_m * K * (N * s + 2 * R * terms) + M * K * s
     written, area = M * K * s + 4 * splits * K * r, tiles_m * tile.rows * tiles_k * tile.cols
-    of_dV = (_PRODUCTS[3] + _PRODUCTS[_TERMS[dtype]]) * _repeats(tile.warps, tile.cols)
-    products = _OF_TERMS[terms] * _repeats(tile.warps, tile.rows) + of_dV
+    # Eight warps share the 64 columns of dV by computing them twice.
+    of_dV = (_PRODUCTS[3] + _PRODUCTS[_TERMS[dtype]]) * (2 if tile.warps == 8 and tile.cols == 64 else 1)
+    products = _OF_TERMS[terms] + of_dV
     flops = {"tensor_bf16": 2 * area * R * products}
     flops[_KINDS[dtype]] = flops.get(_KINDS[dtype], 0) + 2 * area * _padded(N, tile.depth)
     unique = (M * N + N * K + M * K) * s + 12 * M * R + 2 * terms * K * R + written

@@ -116,8 +116,9 @@ def _project(rows, stride, M, K, r, terms, dtype):
 def _reduce(partial, out, negate=False):
     """The sum over the first dimension of partial, into out."""
     n = out.numel()
-    _kernels().reduce_kernel[(_cdiv(n, tiles.REDUCE),)](
-        partial, out, n, partial.shape[0], negate, tiles.REDUCE, num_warps=4
+    block = tiles.reduce(n)
+    _kernels().reduce_kernel[(_cdiv(n, block),)](
+        partial, out, n, partial.shape[0], negate, block, num_warps=block // 128 or 1
     )
     return out
 

@@ -114,4 +114,8 @@ GROUP = 8
 CORE_ROWS = 64
 SPLIT_ROWS = {16: 128, 32: 64, 64: 32, 128: 16}
 GRAM_ROWS = 32
-REDUCE = 512
+
+
+def reduce(n):
+    """Numbers per program of a sum of partial buffers: enough programs for small matrices, too."""
+    return 512 if n >= 1 << 16 else 64
