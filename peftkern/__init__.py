@@ -9,15 +9,19 @@ import importlib
 
 from peftkern._versions import __version__
 from peftkern.dispatch import explain, operations, use_backend
+from peftkern.ops.block_rotation import oft_linear
+from peftkern.ops.butterfly import boft_linear
 from peftkern.ops.householder import hra_linear, low_rank_form, orthogonality_penalty, rotate
 
 __all__ = [
     "__version__",
     "accelerate",
+    "boft_linear",
     "explain",
     "hra_linear",
     "low_rank_form",
     "nn",
+    "oft_linear",
     "operations",
     "orthogonality_penalty",
     "patch_peft",

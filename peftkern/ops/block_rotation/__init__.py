@@ -185,7 +185,7 @@ def oft_linear(x, weight, bias, q, terms=5, legacy=False, precision="auto"):
     Raises:
         TypeError, ValueError: as `rotate_blocks`, or for a precision that does not exist.
 
-    Source: arXiv:2506.19847; README.md, eq. 1 and 9.
+    Source: arXiv:2506.19847; README.md, eq. 1 and 5.
     """
     if not torch.compiler.is_compiling():
         check_precision(precision)
