@@ -10,12 +10,13 @@
 // Launch of the second: blocks of 32 rows of V (16 in float64). Each computes dA by itself, r^3 / 3 multiply-adds in 8
 // x 8 tiles of which only the upper ones are kept (70 KB for r = 128), then its rows of dV.
 //
-// Bytes: 4 K r read once for every 32 columns (G is symmetric: (n + 1) / 2 times for n = ceil(r / 32)), 8 KB of partial
-// sums per tile and 256 rows, written and read, 8 r^2 for T; least: 4 K r + 8 r^2. Backward: V and dV, 8 K r, and T and
-// dT, 16 r^2, per block (from L2). Flops: K r^2 + r^3 / 3; backward 2 K r^2 + r^3 / 3 per block: latency and launches
-// bound both.
-// Why CUDA C++: products in float64 fragments, loops over blocks whose sizes double, and the last block's work do not
-// exist in Triton; there the inverse takes a launch of its own.
+// Bytes: V, 4 K r, once for every 32 columns; 8 KB of partial sums per tile and 256 rows, written and read; 8 r^2 for
+// T. Least: 4 K r + 8 r^2. Backward: V and dV, 8 K r, and per block what it needs of T and dT, up to 16 r^2 (from L2).
+//
+// Flops: K r^2 + r^3 / 3; backward 2 K r^2 + r^3 / 3 per block. Latency and launches bound both.
+//
+// Why CUDA C++: blocks whose sizes double, substitution along a column and work in place between barriers are indexing
+// that Triton does not have.
 
 #include "cuda/gram.cuh"
 #include "cuda/householder.h"

@@ -12,14 +12,15 @@
 //
 // Bytes: x and z once each at least, s M K apiece, and P 4 M r. Requested: x a second time beyond the ring's chunks,
 // and V (4 K r) once per sweep and block, from L2. A tile of 16 rows would keep all of x for K = 4096 but ask L2 for V
-// four times as often: 512 MB for r = 32, 8192 tokens, against 64 MB for reading x again. Flops: 4 M K r in tf32 twice
-// (half precision: x is exact in tf32, V has two terms) or three times; S: M r^2 in float64. Half precision takes tf32
-// products since they have float32's range: no scaling of V, two terms instead of three bf16 ones. float32 takes three
-// tf32 products: 6 times the FFMA rate over 3. Sums of sixteen terms are added outside of the tensor core, which cuts
-// towards zero.
+// four times as often: 512 MB for r = 32, 8192 tokens, against 64 MB for reading x again.
 //
-// Why CUDA C++: Triton has neither a ring that survives from one sweep to the next nor the r x r product in float64
-// fragments between them.
+// Flops: 2 M K r in tf32 per sweep, in the first twice for half precision (exact in tf32, V has two terms) and three
+// times for float32, in the second three times; S: M r^2 in float64. tf32 has float32's range, so V needs no scaling;
+// three tf32 products take less than half the time of FFMA. Sums of sixteen terms are added outside of the tensor core,
+// which cuts towards zero.
+//
+// Why CUDA C++: a ring of chunks that survives from one sweep to the next, and a tile S that is multiplied in place
+// between them, cannot be said in Triton.
 #pragma once
 
 #include <algorithm>
