@@ -55,7 +55,7 @@ def splits(family, programs, length, least):
 def update(family, dtype, R):
     """rows per step, columns of K. Wider tiles spill; more than four warps would share tiles too small for them."""
     if dtype is torch.float64:
-        return Tile(16, 32, 0, 4, 1)
+        return Tile(16, 32, 0, 4 if R < 128 else 8, 1)
     if dtype is torch.float32:
         return Tile(32, 64, 0, 4, 1) if R < 64 else Tile(16, 32, 0, 4, 1)
     stages = 1 if family in _SMALL_SHARED else 2
@@ -75,7 +75,7 @@ def linear(family, M, R, with_bias):
     if family not in _FUSED and not with_bias:
         return None
     if R == 128 and family in _FUSED:
-        return Tile(64, 128, 32, 8, 3)
+        return Tile(64, 128, 32, 8, 3) if family == "sm80" else Tile(64, 64, 32, 4, 3)
     return {
         "sm80": Tile(128, 128, 32, 8, 4),
         "sm86": Tile(128, 128, 32, 8, 3),
