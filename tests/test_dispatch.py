@@ -161,7 +161,7 @@ def test_explain_knows_every_operation_and_no_other():
     for name in peftkern.operations():
         text = peftkern.explain(name)
         assert text.splitlines()[0] in (f"{name}: {backend} serves" for backend in dispatch.BACKENDS)
-    with pytest.raises(ValueError, match=r"name must be one of orthogonality_penalty, .*; got 'rotat'"):
+    with pytest.raises(ValueError, match=r"name must be one of .*orthogonality_penalty, .*; got 'rotat'"):
         peftkern.explain("rotat")
 
 
