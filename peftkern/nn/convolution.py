@@ -1,4 +1,4 @@
-"""The convolution with the kernel W + B A, where A [r, Cin, kh, kw] and B [N, r] are the low-rank form of an update."""
+"""The convolution with a kernel W + D: D = B A of low rank, A [r, Cin, kh, kw] and B [N, r], or D like W."""
 
 import contextlib
 
@@ -23,17 +23,21 @@ def one_accumulator(base_layer, x, weight, bias, A, B, save_inputs):
         save_inputs: keep x, W, A and B for backward and nothing else; False where torch has to see through the
             formula (functorch transforms).
     """
-    pads = base_layer._reversed_padding_repeated_twice
-    symmetric = pads[0] == pads[1] and pads[2] == pads[3]
-    if base_layer.padding_mode == "zeros" and symmetric:
-        padding = (pads[2], pads[0])
-    else:
-        mode = "constant" if base_layer.padding_mode == "zeros" else base_layer.padding_mode
-        x, padding = F.pad(x, pads, mode=mode), (0, 0)
+    x, padding = _padded(base_layer, x)
     batched = x if x.dim() == 4 else x[None]
     convolve = OneAccumulator.apply if save_inputs else _one_accumulator
     y = convolve(batched, weight, bias, A, B, base_layer.stride, padding, base_layer.dilation)
     return y if x.dim() == 4 else y[0]
+
+
+def _padded(base_layer, x):
+    """x and the (height, width) of zeros that are left to the convolution; any padding_mode."""
+    pads = base_layer._reversed_padding_repeated_twice
+    symmetric = pads[0] == pads[1] and pads[2] == pads[3]
+    if base_layer.padding_mode == "zeros" and symmetric:
+        return x, (pads[2], pads[0])
+    mode = "constant" if base_layer.padding_mode == "zeros" else base_layer.padding_mode
+    return F.pad(x, pads, mode=mode), (0, 0)
 
 
 def _one_accumulator(x, weight, bias, A, B, stride, padding, dilation):
@@ -69,6 +73,46 @@ class OneAccumulator(torch.autograd.Function):
         dA = dA.to(A.dtype) if need_A else None
         dB = dB[:, :, 0, 0].to(B.dtype) if need_B else None
         return dx, dweight, dbias, dA, dB, None, None, None
+
+
+def with_change(base_layer, x, weight, bias, change, save_inputs):
+    """conv([x, x], [W, D]) + bias: base product and change D [N, Cin, kh, kw] meet before the only rounding.
+
+    Args:
+        x, weight, bias: in one half-precision dtype; change: float32.
+        save_inputs: as in `one_accumulator`.
+    """
+    x, padding = _padded(base_layer, x)
+    batched = x if x.dim() == 4 else x[None]
+    convolve = WithChange.apply if save_inputs else _with_change
+    y = convolve(batched, weight, bias, change, base_layer.stride, padding, base_layer.dilation)
+    return y if x.dim() == 4 else y[0]
+
+
+def _with_change(x, weight, bias, change, stride, padding, dilation):
+    kernel = torch.cat((weight, change.to(weight.dtype)), 1)
+    return F.conv2d(torch.cat((x, x), 1), kernel, bias, stride, padding, dilation)
+
+
+class WithChange(torch.autograd.Function):
+    """Forward in one accumulator; backward of conv(x, W + D) with W + D rounded once. Saves x, W and D."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, change, stride, padding, dilation):
+        ctx.save_for_backward(x, weight, change)
+        ctx.geometry = stride, padding, dilation
+        return _with_change(x, weight, bias, change, stride, padding, dilation)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, change = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_change = ctx.needs_input_grad[:4]
+        kernel = (weight.to(change.dtype) + change).to(weight.dtype)
+        mask = need_x, need_weight or need_change, need_bias
+        dx, dkernel, dbias = _backward(dy, x, kernel, ctx.geometry, mask)
+        dweight = dkernel if need_weight else None
+        dchange = dkernel.to(change.dtype) if need_change else None
+        return dx, dweight, dbias, dchange, None, None, None
 
 
 def _backward(dy, x, weight, geometry, mask):

@@ -53,10 +53,14 @@ class FactorCache:
         self.kept = None
 
     def __reduce__(self):
-        return FactorCache, ()
+        return type(self), ()
 
     def __deepcopy__(self, memo):
-        return FactorCache()
+        return type(self)()
+
+    @staticmethod
+    def factor(chain, dtype):
+        return _factor_chain(chain, dtype)
 
     def get(self, chain, dtype):
         # One attribute, written once per miss, so that no thread sees a copy beside the factor of another.
@@ -64,7 +68,7 @@ class FactorCache:
         if kept is not None and kept[0] is dtype and _same_chain(chain, kept[1]):
             return kept[2]
         copies = [(u.detach().clone(), gs) for u, gs in chain]
-        result = _factor_chain(copies, dtype)
+        result = self.factor(copies, dtype)
         self.kept = dtype, copies, result
         return result
 
@@ -91,14 +95,18 @@ def _factor_chain(chain, dtype):
 
 def factor_chain(chain, dtype, cache=None):
     """(V, T) of the whole chain; V in dtype (float32 or float64)."""
-    cacheable = (
+    return cache.get(chain, dtype) if cacheable(chain, cache) else _factor_chain(chain, dtype)
+
+
+def cacheable(chain, cache):
+    """Whether a chain may be taken from its cache: nothing is differentiated, traced or transformed."""
+    return (
         cache is not None
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and all(u.device.type == "cpu" and type(u) in _PLAIN for u, _ in chain)
         and not _transforms.needs_reference()
     )
-    return cache.get(chain, dtype) if cacheable else _factor_chain(chain, dtype)
 
 
 def _autocasting(x):
@@ -120,19 +128,20 @@ def _cast(tensor, dtype):
     return None if tensor is None else tensor.to(dtype)
 
 
-def _check_input(x, chain):
+def _check_input(x, chain, method="HRA", parameter="hra_u"):
     if torch.compiler.is_compiling():
         return
     if not x.is_floating_point():
-        raise TypeError(f"HRA: the input must be floating; got {x.dtype} of shape {list(x.shape)}")
-    for name, tensor in (("input", x), *(("hra_u", u) for u, _ in chain)):
+        raise TypeError(f"{method}: the input must be floating; got {x.dtype} of shape {list(x.shape)}")
+    for name, tensor in (("input", x), *((parameter, u) for u, _ in chain)):
         if type(tensor) not in _PLAIN and type(tensor).__module__.startswith("torch.distributed"):
             raise TypeError(
-                f"HRA: the {name} must be a plain tensor; got a {type(tensor).__name__}: let the sharded unit hold the "
-                f"whole adapted layer and be called, so that it gathers its parameters first"
+                f"{method}: the {name} must be a plain tensor; got a {type(tensor).__name__}: let the sharded unit "
+                f"hold the whole adapted layer and be called, so that it gathers its parameters first"
             )
     if x.device != chain[0][0].device:
-        raise ValueError(f"HRA: the input is on {x.device}, the adapter on {chain[0][0].device}; move one of them")
+        adapter = chain[0][0].device
+        raise ValueError(f"{method}: the input is on {x.device}, the adapter on {adapter}; move one of them")
 
 
 def adapted_linear(x, base_layer, chain, precision="auto", cache=None, args=(), kwargs=None):
@@ -243,7 +252,7 @@ def adapted_conv2d(x, base_layer, chain, precision="auto", cache=None, args=(), 
     return base_layer(_for_base(rows, base_layer), *args, **(kwargs or {})) + update
 
 
-def _check_planes(x, base_layer):
+def _check_planes(x, base_layer, method="HRA"):
     if not torch.compiler.is_compiling() and (x.dim() not in (3, 4) or x.shape[-3] != base_layer.in_channels):
         wanted = f"[(batch,) {base_layer.in_channels}, height, width]"
-        raise ValueError(f"HRA: the input of the convolution must have shape {wanted}; got {list(x.shape)}")
+        raise ValueError(f"{method}: the input of the convolution must have shape {wanted}; got {list(x.shape)}")

@@ -4,7 +4,7 @@ from collections import Counter
 
 import torch
 
-METHODS = ("hra",)
+METHODS = ("hra", "oft", "boft")
 
 
 def _empty():
@@ -36,8 +36,8 @@ def stats(reset=False):
         reset: set the counts to zero after reading them.
 
     Returns:
-        {"hra": {"accelerated": int, "to_peft": int, "reasons": Counter of str}}. A compiled layer counts once per
-        trace, not once per call.
+        {"hra": {"accelerated": int, "to_peft": int, "reasons": Counter of str}, "oft": ..., "boft": ...}. A compiled
+        layer counts once per trace, not once per call.
     """
     result = snapshot()
     if reset:

@@ -5,24 +5,20 @@ PEFT's) and overrides the forward, the reflection matrix that merging uses, and 
 quantised base layer, and convolutions that are not square. All state stays where PEFT keeps it.
 """
 
-import torch
-from peft.tuners.hra import layer as peft_layer
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+import warnings
 
-from peftkern import dispatch
-from peftkern.integrations.peft import counters
-from peftkern.nn.forward import FactorCache, adapted_conv2d, adapted_linear, readable_weight
+import torch
+from peft.tuners.hra import HRAModel as PeftModel
+from peft.tuners.hra import layer as peft_layer
+from peft.tuners.tuners_utils import check_adapters_to_merge
+
+from peftkern.integrations.peft import layer as shared
+from peftkern.integrations.peft.layer import is_quantised, odd_parameter, patch_size, short_list
+from peftkern.nn.forward import FactorCache, adapted_conv2d, adapted_linear
 from peftkern.ops import householder as hh
 
-METHOD = "hra"
-
-
-def is_quantised(base_layer):
-    """Whether the weight of a base layer is stored in a form that a product of matrices must not be written into."""
-    weight = base_layer.weight
-    if not weight.is_floating_point() or type(weight).__name__ in ("Params4bit", "Int8Params"):
-        return True
-    return type(weight).__module__.startswith("torchao")
+METHOD, NAME = "hra", "HRA"
+PeftLayer = peft_layer.HRALayer
 
 
 def merge_refusal(layer_name, base_layer):
@@ -32,41 +28,19 @@ def merge_refusal(layer_name, base_layer):
     )
 
 
-class Accelerated:
-    """What the accelerated layers share. The attributes are set per instance by `accelerate`."""
+class Accelerated(shared.Accelerated):
+    """What the accelerated HRA layers share."""
 
-    peftkern_precision = "auto"
-    peftkern_compat = None
-    peftkern_cache = None
-    _peft_class = None
-    _base_class = None
+    _method, _container = METHOD, "hra_u"
     _adapted = None
 
-    def _left_to_peft(self):
-        """Why this call takes PEFT's own forward, or None."""
-        if self.disable_adapters:
-            return "adapters disabled"
-        if self.merged:
-            return "adapters merged"
-        if dispatch.DISABLED:
-            return "PEFTKERN_DISABLE=1"
-        return None
+    def adapter_tensors(self):
+        return tensors(self)
 
-    def forward(self, x, *args, **kwargs):
-        reason = self._left_to_peft()
-        if reason is not None:
-            counters.count(METHOD, reason)
-            return super().forward(x, *args, **kwargs)
-        previous_dtype = x.dtype
-        chain = [(self.hra_u[name], self.hra_apply_GS[name]) for name in self.active_adapters if name in self.hra_u]
-        if chain:
-            counters.count(METHOD)
-            precision, cache = self.peftkern_precision, self.peftkern_cache
-            result = type(self)._adapted(x, self.base_layer, chain, precision, cache, args, kwargs)
-        else:
-            counters.count(METHOD, "no active adapter")
-            result = self._base_alone(x, *args, **kwargs)
-        return result.to(previous_dtype)
+    def _serve(self, x, names, args, kwargs):
+        chain = [(self.hra_u[name], self.hra_apply_GS[name]) for name in names]
+        precision, cache = self.peftkern_precision, self.peftkern_cache
+        return type(self)._adapted(x, self.base_layer, chain, precision, cache, args, kwargs)
 
     def _base_alone(self, x, *args, **kwargs):
         """PEFT multiplies the weight by the identity here; only another dtype of x makes that differ from the base."""
@@ -78,7 +52,7 @@ class Accelerated:
             or torch.is_autocast_enabled(x.device.type)
         ):
             return self.base_layer(x, *args, **kwargs)
-        return super().forward(x, *args, **kwargs)
+        return self._peft_class.forward(self, x, *args, **kwargs)
 
     def get_delta_weight(self, adapter_name, reverse=False):
         """H = H_1 ... H_r [K, K] in the adapter's dtype, its transpose if reversed; W H is the merged weight."""
@@ -154,44 +128,28 @@ class HRAConv2d(Accelerated, _Conv2dMerge):
             self.hra_u[adapter_name] = torch.nn.Parameter(torch.empty(rows, self.hra_r[adapter_name]))
 
 
-def patch_size(base_layer):
-    """The number of rows of hra_u: in_features, or Cin kh kw of a convolution."""
-    if isinstance(base_layer, torch.nn.Conv2d):
-        return base_layer.in_channels * base_layer.kernel_size[0] * base_layer.kernel_size[1]
-    return base_layer.in_features
-
-
-def peft_ignores(base_layer):
-    """What of a convolution PEFT's forward ignores while its merged weight does not: a list of words."""
-    if not isinstance(base_layer, torch.nn.Conv2d):
-        return []
-    ignored = []
-    if base_layer.dilation != (1, 1):
-        ignored.append("dilation")
-    if base_layer.padding_mode != "zeros":
-        ignored.append("padding_mode")
-    if not isinstance(base_layer.padding, str) and len(set(base_layer.padding)) > 1:
-        ignored.append("the second padding")
-    if len(set(base_layer.stride)) > 1:
-        ignored.append("the second stride")
-    return ignored
+peft_ignores = shared.ignored_geometry
+DEVIATION = "ignores {what} of {names}, its merged weight does not"
 
 
 ACCELERATED = {peft_layer.HRALinear: HRALinear, peft_layer.HRAConv2d: HRAConv2d}
 
 
+def adapters_of(layer):
+    return layer.hra_u
+
+
+def tensors(layer):
+    """(adapter, name, key in the layer's state_dict, tensor) of every adapter parameter."""
+    return [(name, "hra_u", f"hra_u.{name}", u) for name, u in layer.hra_u.items()]
+
+
+def build(config, adapter_name, target, **kwargs):
+    return PeftModel._create_new_module(config, adapter_name, target, **kwargs)
+
+
 def why_not(layer):
-    """Why a tuner layer of PEFT stays PEFT's, or None if it can be (or is) accelerated."""
-    if isinstance(layer, Accelerated):
-        return None
-    if not isinstance(layer, peft_layer.HRALayer):
-        return f"{type(layer).__module__.split('.')[-2]}.{type(layer).__name__} is not covered"
-    if type(layer) not in ACCELERATED:
-        return f"its class, {type(layer).__name__}, is not PEFT's own (accelerate before wrapping)"
-    if "forward" in layer.__dict__:
-        return "its forward was replaced on the instance (accelerate before attaching hooks or offloading)"
-    if isinstance(layer.base_layer, BaseTunerLayer):
-        return f"it wraps another adapter layer ({type(layer.base_layer).__name__})"
+    """Why one of PEFT's own HRA layers cannot be accelerated, or None."""
     base_layer = layer.get_base_layer()
     if isinstance(base_layer, torch.nn.Conv2d) and is_quantised(base_layer):
         return "a quantised convolution has no readable weight"
@@ -199,26 +157,37 @@ def why_not(layer):
         if u.dim() != 2 or u.shape[0] != patch_size(base_layer):
             square = "" if isinstance(base_layer, torch.nn.Linear) else " (PEFT supports square kernels only)"
             return f"hra_u has shape {list(u.shape)}, the base layer needs {patch_size(base_layer)} rows{square}"
-        if u.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-            return f"hra_u is {u.dtype}"
-        if type(u) is not torch.nn.Parameter:
-            return f"hra_u is a {type(u).__name__}, not a plain parameter"
+        if odd_parameter("hra_u", u) is not None:
+            return odd_parameter("hra_u", u)
     return None
 
 
 def served(layer):
     """(precision, reason): what serves the products of an accelerated layer, and why it is not `exact`."""
-    base_layer = layer.get_base_layer()
-    if layer.peftkern_precision == "fast":
-        return "fast", ""
-    if is_quantised(base_layer):
-        return "fast", f"the base layer is quantised ({type(base_layer).__name__})"
-    weight, reason = readable_weight(base_layer, layer._base_class)
-    if weight is None:
-        return "fast", reason
-    if weight.dtype in hh.HALF:
-        return "exact", ""
-    return "fast", f"{str(weight.dtype).removeprefix('torch.')} loses nothing; exact under autocast"
+    return ("fast", "") if layer.peftkern_precision == "fast" else shared.readable_exactly(layer)
+
+
+def prepare(layer):
+    """Give a layer that has just become an accelerated one what its class needs."""
+    layer.peftkern_cache = FactorCache()
+
+
+def release(layer):
+    """Take that away again before the layer becomes PEFT's; False if PEFT's class cannot serve it."""
+    return len(set(getattr(layer.get_base_layer(), "kernel_size", ()))) < 2
+
+
+def complete(layer, swap, adapter_name, config, kwargs):
+    """Finish a layer that the tuner has just built: a kernel that is not square needs parameters of another size."""
+    if type(layer) is HRAConv2d._peft_class and len(set(layer.get_base_layer().kernel_size)) > 1:
+        swap()
+        layer.update_layer(adapter_name, config=config, **kwargs)
+
+
+def check_merge(layers):
+    for name, layer in layers:
+        if is_quantised(layer.get_base_layer()):
+            raise ValueError(merge_refusal(name, layer.get_base_layer()))
 
 
 def has_dependent_columns(u):
@@ -227,20 +196,20 @@ def has_dependent_columns(u):
     return bool(((T.diagonal() == 0) & (u.detach() != 0).any(0)).any())
 
 
-def swap(layer, precision, compat=None):
-    """Make a layer that `why_not` accepts an accelerated one, or change the settings of one that is."""
-    if type(layer) in ACCELERATED:
-        layer.__class__ = ACCELERATED[type(layer)]
-        layer.peftkern_cache = FactorCache()
-    layer.peftkern_precision = precision
-    layer.peftkern_compat = compat
-
-
-def swap_back(layer):
-    """Give a layer PEFT's class again; False if it is of another class than `swap` gives."""
-    if type(layer) not in ACCELERATED.values() or len(set(getattr(layer.get_base_layer(), "kernel_size", ()))) > 1:
-        return False
-    layer.__class__ = layer._peft_class
-    for name in ("peftkern_precision", "peftkern_compat", "peftkern_cache"):
-        layer.__dict__.pop(name, None)
-    return True
+def warn(layers, adapter_name=None):
+    """Say once that apply_GS meets dependent columns: PEFT's default initialisation duplicates every column."""
+    names = [
+        name
+        for name, layer in layers
+        if any(
+            gs and not layer.hra_u[a].is_meta and has_dependent_columns(layer.hra_u[a])
+            for a, gs in layer.hra_apply_GS.items()
+            if a in layer.hra_u and adapter_name in (None, a)
+        )
+    ]
+    if names:
+        warnings.warn(
+            f"peftkern: apply_GS meets linearly dependent columns of hra_u in {short_list(names)}. PEFT's default "
+            f"initialisation makes them and then divides rounding noise by its norm: NaN or random reflections. "
+            f"peftkern drops the dependent columns; use init_weights=False in HRAConfig"
+        )

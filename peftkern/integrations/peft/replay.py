@@ -1,8 +1,8 @@
 """verify: PEFT's own layers beside the accelerated ones on a user's batch, both judged against float64.
 
 One forward and backward of the model records what every accelerated layer gets and what gradient its output receives;
-then each layer is replayed by itself, three ways: PEFT's forward, peftkern's, and the float64 oracle below, which
-applies one reflection after the other and shares no code with the package.
+then each layer is replayed by itself, three ways: PEFT's forward, peftkern's, and an oracle in float64 (oracles.py)
+that shares no code with the package. Dropout of butterfly blocks is off in the replay.
 """
 
 import contextlib
@@ -14,9 +14,8 @@ from dataclasses import dataclass, field
 
 import numpy
 import torch
-import torch.nn.functional as F
 
-from peftkern.integrations.peft import counters
+from peftkern.integrations.peft import counters, oracles
 from peftkern.integrations.peft.report import table
 
 _TIMED_RUNS = 3
@@ -113,14 +112,15 @@ def verify(model, batch, show=True):
     Raises:
         ValueError: nothing is accelerated, or an adapter parameter is not finite.
     """
-    from peftkern.integrations.peft import hra, swap
+    from peftkern.integrations.peft import methods, swap
 
     model = getattr(model, "_orig_mod", model)
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, hra.Accelerated)]
+    layers = methods.accelerated_layers(model)
     if not layers:
         raise ValueError("verify: the model has no accelerated layer; call peftkern.accelerate(model) first")
     swap.check_finite(layers)
-    with _left_as_it_is(model), torch.inference_mode(False), torch.enable_grad():
+    methods.warn(layers)
+    with _left_as_it_is(model, layers), torch.inference_mode(False), torch.enable_grad():
         calls = _record(model, batch, layers)
         rows = [_replay(name, layer, calls.pop(name, None)) for name, layer in layers]
     result = Verification(rows)
@@ -130,8 +130,10 @@ def verify(model, batch, show=True):
 
 
 @contextlib.contextmanager
-def _left_as_it_is(model):
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+def _left_as_it_is(model, layers):
+    # COFT projects its parameter in every forward, PEFT's and ours.
+    adapters = [tensor for _, layer in layers for *_, tensor in layer.adapter_tensors()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in (*model.buffers(), *adapters)]
     counts, python_state, numpy_state = counters.snapshot(), random.getstate(), numpy.random.get_state()
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(devices)):
@@ -221,16 +223,20 @@ def _gradients(loss, outputs):
 def _replay(name, layer, call):
     if call is None:
         return Row(name, note=layer._left_to_peft() or "not reached by this batch")
-    chain = [(layer.hra_u[a], layer.hra_apply_GS[a]) for a in layer.active_adapters if a in layer.hra_u]
-    if not chain:
+    names = [name for name in layer.active_adapters if name in layer._adapters]
+    if not names:
         return Row(name, note="no active adapter")
-    parameters = [u for u, _ in chain]
+    parameters = [tensor for adapter, _, _, tensor in layer.adapter_tensors() if adapter in names]
     trainable = [u.requires_grad for u in parameters]
+    training = layer.training
     try:
         for u in parameters:
             u.requires_grad_(True)
-        y64, grads64 = _oracle(layer, call, chain)
-        row = Row(name, tuple(call.x.shape), roundoff=torch.finfo(call.output.dtype).eps / 2)
+        layer.eval()
+        y64, grads64 = oracles.run(layer, call, names, parameters)
+        # The oracle's own sums are no more exact than those of a float64 model.
+        roundoff = 1e-12 if call.output.dtype is torch.float64 else torch.finfo(call.output.dtype).eps / 2
+        row = Row(name, tuple(call.x.shape), roundoff=roundoff)
         ours, theirs = _arm(layer.forward, call, parameters), _arm(_peft_forward(layer), call, parameters)
         row.output_error, row.grad_error, row.seconds = _judge(ours, y64, grads64)
         try:
@@ -246,6 +252,7 @@ def _replay(name, layer, call):
     finally:
         for u, flag in zip(parameters, trainable, strict=True):
             u.requires_grad_(flag)
+        layer.train(training)
 
 
 def _judge(arm, y64, grads64):
@@ -258,14 +265,15 @@ def _arm(forward, call, parameters):
     device = call.x.device
 
     def run():
-        x = call.x.detach().requires_grad_(True)
+        x = call.x.detach().requires_grad_(call.x.is_floating_point())
         _synchronise(device)
         start = time.perf_counter()
         with torch.autocast(call.autocast[0], dtype=call.autocast[1], enabled=call.autocast[2]):
             y = forward(x, *call.args, **call.kwargs)
-        grads = torch.autograd.grad(y, [x, *parameters], call.grad.to(y.dtype))
+        wanted = [x, *parameters] if x.requires_grad else parameters
+        grads = torch.autograd.grad(y, wanted, call.grad.to(y.dtype))
         _synchronise(device)
-        return y.detach(), grads[1:], time.perf_counter() - start
+        return y.detach(), grads[-len(parameters) :], time.perf_counter() - start
 
     return run
 
@@ -276,7 +284,7 @@ def _synchronise(device):
 
 
 def _peft_forward(layer):
-    """PEFT's forward, with PEFT's reflection matrix, on an accelerated layer."""
+    """PEFT's forward, with PEFT's matrix of the rotation, on an accelerated layer."""
 
     def forward(*args, **kwargs):
         layer.get_delta_weight = types.MethodType(layer._peft_class.get_delta_weight, layer)
@@ -291,46 +299,3 @@ def _peft_forward(layer):
 def _error(value, exact):
     difference, norm = torch.linalg.vector_norm(value.double() - exact), torch.linalg.vector_norm(exact)
     return float(difference / norm if norm > 0 else difference)
-
-
-def _oracle(layer, call, chain):
-    """Output and adapter gradients in float64: one reflection after the other, then the base layer's product."""
-    base_layer = layer.get_base_layer()
-    leaves = [u.detach().double().requires_grad_(True) for u, _ in chain]
-    vectors = [_unit_columns(u, gs) for u, (_, gs) in zip(leaves, chain, strict=True)]
-    weight = _readable(base_layer).detach().double()
-    bias = None if base_layer.bias is None else base_layer.bias.detach().double()
-    x = call.x.double()
-    with torch.autocast(call.autocast[0], enabled=False):
-        if isinstance(base_layer, torch.nn.Conv2d):
-            rows = weight.flatten(1)
-            for v in (v for adapter in vectors for v in adapter):
-                rows = rows - 2 * (rows @ v)[:, None] * v
-            y = base_layer._conv_forward(x, rows.view(weight.shape), bias)
-        else:
-            for v in (v for adapter in reversed(vectors) for v in reversed(adapter)):
-                x = x - 2 * (x @ v)[..., None] * v
-            y = F.linear(x, weight, bias)
-        grads = torch.autograd.grad(y, leaves, call.grad.double(), allow_unused=True, materialize_grads=True)
-        return y.detach(), grads
-
-
-def _readable(base_layer):
-    """The weight [N, K]; PEFT's dequantize_module_weight would replace the parameter of an 8-bit layer on the CPU."""
-    from peft.utils.integrations import dequantize_bnb_weight, get_bnb_param_type
-
-    weight = base_layer.weight
-    return dequantize_bnb_weight(weight, getattr(base_layer, "state", None)) if get_bnb_param_type(weight) else weight
-
-
-def _unit_columns(u, gram_schmidt):
-    """The reflection vectors of an adapter: unit columns, without those that vanish (or depend on earlier ones)."""
-    threshold = 8 * u.shape[0] * torch.finfo(u.dtype).eps
-    units = []
-    for column in u.unbind(1):
-        v = column
-        for q in units * 2 if gram_schmidt else ():
-            v = v - (q @ v) * q
-        if v.detach().square().sum() > (threshold * column.detach().square().sum() if gram_schmidt else 0):
-            units.append(v / torch.linalg.vector_norm(v))
-    return units

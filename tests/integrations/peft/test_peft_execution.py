@@ -125,7 +125,7 @@ def test_stats_count_calls_and_the_reasons_for_leaving_them_to_peft():
     assert counts["accelerated"] == 2
     assert counts["reasons"] == {"adapters disabled": 3, "adapters merged": 2, "no active adapter": 2}
     assert counts["to_peft"] == 7
-    assert peftkern.stats() == {"hra": {"accelerated": 0, "to_peft": 0, "reasons": {}}}
+    assert all(counts == {"accelerated": 0, "to_peft": 0, "reasons": {}} for counts in peftkern.stats().values())
 
 
 def test_a_backend_that_fails_at_its_first_use_is_left_once_and_aloud(monkeypatch):
