@@ -91,14 +91,12 @@ static void bind_rotate(py::module_& m) {
 }
 
 static void bind_exact(py::module_& m) {
-  m.def("pack_linear",
-        [](int level, int threads, Pointer x, int dtype, int64_t M, int64_t x_stride, Pointer W, int64_t N,
-           int64_t W_stride, V_ARGS, Pointer T, Pointer xs, Pointer ws, int64_t width, Pointer P) {
-          if (width < K + 3 * r) throw std::invalid_argument("width must be at least K + 3 r");
-          py::gil_scoped_release unlocked;
-          kernels(level).pack_linear(rows(x, dtype, x_stride), M, rows(W, dtype, W_stride), N, V_VALUE, doubles(T),
-                                     rows(xs, dtype, width), rows(ws, dtype, width), raw(P), threads);
-        });
+  m.def("linear_update", [](int level, int threads, Pointer x, int dtype, int64_t M, int64_t x_stride, Pointer W,
+                            int64_t N, int64_t W_stride, V_ARGS, Pointer T, Pointer u, Pointer P) {
+    py::gil_scoped_release unlocked;
+    kernels(level).linear_update(rows(x, dtype, x_stride), M, rows(W, dtype, W_stride), N, V_VALUE, doubles(T),
+                                 rows(u, dtype, N), raw(P), threads);
+  });
   m.def("linear_few_rows", [](int level, int threads, Pointer x, int dtype, int64_t M, int64_t x_stride, Pointer W,
                               int64_t N, int64_t W_stride, Pointer bias, V_ARGS, Pointer T, Pointer y, Pointer P) {
     py::gil_scoped_release unlocked;
@@ -109,12 +107,12 @@ static void bind_exact(py::module_& m) {
 
 static void bind_exact_backward(py::module_& m) {
   m.def("linear_backward", [](int level, int threads, Pointer dy, int64_t dy_stride, Pointer x, int dtype, int64_t M,
-                              int64_t x_stride, Pointer dz, Pointer W, int64_t N, int64_t W_stride, Pointer P, V_ARGS,
-                              Pointer T, Pointer dx, Pointer dV, Pointer dT) {
+                              int64_t x_stride, Pointer W, int64_t N, int64_t W_stride, Pointer P, V_ARGS, Pointer T,
+                              Pointer update, Pointer dV, Pointer dT) {
     py::gil_scoped_release unlocked;
-    kernels(level).linear_backward(rows(dy, dtype, dy_stride), rows(x, dtype, x_stride), rows(dz, dtype, K), M,
-                                   rows(W, dtype, W_stride), N, raw(P), V_VALUE, doubles(T), raw(dx), raw(dV),
-                                   static_cast<double*>(raw(dT)), threads);
+    kernels(level).linear_backward(rows(dy, dtype, dy_stride), rows(x, dtype, x_stride), M, rows(W, dtype, W_stride), N,
+                                   raw(P), V_VALUE, doubles(T), raw(update), raw(dV), static_cast<double*>(raw(dT)),
+                                   threads);
   });
 }
 

@@ -64,17 +64,17 @@ inline void split_bf16(const float* values, int n, int terms, uint16_t* const pa
   }
 }
 
-// V in the two layouts that tile products read, in the pair basis, negated for expand.
+// V in the two layouts that tile products read, negated for expand: brought into the pair basis, or already there.
 class TilePanels {
  public:
-  TilePanels(const Reflectors& V, int threads)
+  TilePanels(const Reflectors& V, bool paired, int threads)
       : r(V.r),
         columns(int(ceil_div(V.r, 16))),
         terms(int(ceil_div(3 * V.r, 32))),
         panels(V.K / kPanel),
         shrink_(panels * columns * kTerms * kTile),
         expand_(panels * 2 * terms * kTile) {
-    Panels<float> source(V, true, threads);
+    Panels<float> source(V, paired, threads);
     threads = useful_threads(threads, panels, V.K * V.r * 4);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t p = 0; p < panels; p++) pack(source.panel(p), p);

@@ -41,18 +41,9 @@ inline void rotate_backward_entry(const Rows& dz, const Rows& x, int64_t M, cons
 }
 
 const Kernels kernels = {
-    wy_factor,
-    wy_factor_backward,
-    orthonormal_factor,
-    orthonormal_factor_backward,
-    project_entry,
-    project_backward_entry,
-    rotate_entry,
-    rotate_backward_entry,
-    pack_linear,
-    linear_few_rows,
-    linear_backward<VectorProducts>,
-    penalty,
+    wy_factor,        wy_factor_backward,     orthonormal_factor, orthonormal_factor_backward,
+    project_entry,    project_backward_entry, rotate_entry,       rotate_backward_entry,
+    linear_update,    linear_few_rows,        linear_backward,    penalty,
     penalty_backward,
 };
 

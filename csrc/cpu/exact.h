@@ -1,7 +1,6 @@
 // The exact precision: y = x H^T W^T + b with one accumulator and one rounding.
-// Compiled once per instruction set; many rows: operands for one library product, few rows: fp32 z and a product of its
-// own. xs = [x | S'] [M, K + pad], ws = [W | -W V'] [N, K + pad]: xs ws^T = x W^T - (x V')(C T^T C^T) (W V')^T, V' the
-// pair basis, S' and W V' as sums of two half-precision numbers (3 r columns).
+// Compiled once per instruction set. Many rows: the update u = -S (W V)^T, S = (x V) T^T, onto which the library adds
+// x W^T and b before it rounds. Few rows: fp32 z and a product of its own.
 #pragma once
 
 #include "rotate.h"
@@ -9,65 +8,47 @@
 namespace peftkern {
 namespace PEFTKERN_ISA {
 
-// Half-precision row as fp32.
-inline void read_half_row(float* dst, Dtype dtype, const char* src, int cols) {
-  if (dtype == kBFloat16) widen(dst, reinterpret_cast<const bf16*>(src), cols);
-  if (dtype == kFloat16) widen(dst, reinterpret_cast<const fp16*>(src), cols);
-}
-
-// Rows [row0, row0 + rows) of [in | high low high | 0] (left operand) or [in | high high low | 0] (right operand),
-// where high + low is tail [rows][r]: rounded once, the tail would cost more than the one rounding of y.
-inline void write_augmented(const Rows& in, const float* tail, int64_t row0, int rows, int64_t K, int r, bool left,
-                            const Rows& out) {
-  size_t size = dtype_size(in.dtype);
-  float low[kMaxRank];
-  for (int i = 0; i < rows; i++, tail += r) {
-    char *dst = address(out, row0 + i, 0), *high = dst + K * size, *second = high + r * size,
-         *third = second + r * size;
-    memcpy(dst, address(in, row0 + i, 0), K * size);
-    write_row(high, in.dtype, tail, r);
-    read_half_row(low, in.dtype, high, r);
-    for (int j = 0; j < r; j++) low[j] = tail[j] - low[j];
-    write_row(left ? second : third, in.dtype, low, r);
-    memcpy(left ? third : second, high, r * size);
-    memset(third + r * size, 0, (out.stride - K - 3 * r) * size);
+// A [M][r] * C [r][rp], times sign.
+inline void multiply_rows(const float* A, int64_t M, int r, const double* C, float sign, float* out, int threads) {
+  threads = useful_threads(threads, ceil_div(M, kBlock), M * r * r);
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t row0 = 0; row0 < M; row0 += kBlock) {
+    int rows = min_int(kBlock, M - row0);
+    multiply_small(A + row0 * r, rows, r, C, out + row0 * r);
+    for (int64_t i = row0 * r; i < (row0 + rows) * r; i++) out[i] *= sign;
   }
 }
 
-inline void pack_linear(const Rows& x, int64_t M, const Rows& W, int64_t N, const Reflectors& reflectors,
-                        const double* T, const Rows& xs, const Rows& ws, void* P_out, int threads) {
+inline Reflectors columns_of(const Buffer<float>& B, int64_t N, int r) { return {B.data(), kFloat32, N, r, r, 1}; }
+
+// In the pair basis, where small updates do not cancel in the float32 sums.
+inline void linear_update(const Rows& x, int64_t M, const Rows& W, int64_t N, const Reflectors& reflectors,
+                          const double* T, const Rows& u, void* P_out, int threads) {
   int r = reflectors.r;
-  int64_t K = reflectors.K, x_blocks = ceil_div(M, kBlock), blocks = x_blocks + ceil_div(N, kBlock);
+  int64_t K = reflectors.K, blocks = ceil_div(M, kBlock);
   Panels<float> V(reflectors, true, threads);
-  Buffer<float> factors(r);
+  Buffer<float> WV(N * r);
+  project(W, N, K, V, WV.data(), threads);
+  Panels<float> B(columns_of(WV, N, r), false, threads);
   Buffer<double> small(int64_t(r) * padded_rank(r));
-  balance_columns(V, factors.data());
   to_pair_basis(T, r, true, small.data());
-  for (int i = 0; i < r; i++)
-    for (int j = 0; j < r; j++) small[i * padded_rank(r) + j] /= double(factors[i]) * factors[j];
-  threads = useful_threads(threads, blocks, (M + N) * K * r);
+  threads = useful_threads(threads, blocks, M * (K + N) * r);
   Workspace<float> workspace(r, threads);
 #pragma omp parallel num_threads(threads)
   {
     ThreadScratch<float> scratch(workspace);
-    float *product = scratch.small[0], *tail = scratch.small[1];
+    float* S = scratch.small[0];
+    memset(scratch.tile1, 0, kBlock * kChunk * sizeof(float));
 #pragma omp for schedule(dynamic)
     for (int64_t b = 0; b < blocks; b++) {
-      bool is_x = b < x_blocks;
-      int64_t row0 = (is_x ? b : b - x_blocks) * kBlock;
-      int rows = min_int(kBlock, (is_x ? M : N) - row0);
-      if (is_x) {
-        float* P = static_cast<float*>(P_out) + row0 * r;
-        shrink(x, row0, rows, K, V, P, scratch);
-        multiply_small(P, rows, r, small.data(), tail);
-        for (int i = 0; i < rows * r; i++) P[i] /= factors[i % r];
-        to_plain_basis(P, rows, r);
-        write_augmented(x, tail, row0, rows, K, r, true, xs);
-      } else {
-        shrink(W, row0, rows, K, V, product, scratch);
-        for (int i = 0; i < rows * r; i++) tail[i] = -product[i];
-        write_augmented(W, tail, row0, rows, K, r, false, ws);
-      }
+      int64_t row0 = b * kBlock;
+      int rows = min_int(kBlock, M - row0);
+      float* P = static_cast<float*>(P_out) + row0 * r;
+      shrink(x, row0, rows, K, V, P, scratch);
+      multiply_small(P, rows, r, small.data(), S);
+      to_plain_basis(P, rows, r);
+      for (int64_t n0 = 0; n0 < N; n0 += kChunk)
+        expand_chunk<float>({scratch.tile1, kChunk}, rows, S, B, n0, min_int(kChunk, N - n0), u, row0, scratch.out);
     }
   }
 }

@@ -1,6 +1,7 @@
-// rotate, rotate_backward and pack_linear for bf16 activations on AMX tiles; every other call goes to the AVX-512
-// kernels. Chosen by dispatch.cpp with AMX-BF16 and AVX512-BF16; taken for fp32 V, K a multiple of 32 and at least 16
-// rows. P' = x V', S' = P' (C T^T C^T), z = x - S' V'^T in the pair basis V'; dV = -dz^T S - x^T R in the plain one.
+// rotate, rotate_backward and the exact products for bf16 activations on AMX tiles; every other call goes to the
+// AVX-512 kernels. Chosen by dispatch.cpp with AMX-BF16 and AVX512-BF16; taken for fp32 V, K a multiple of 32 and at
+// least 16 rows. P' = x V', S' = P' (C T^T C^T), z = x - S' V'^T in the pair basis V'; dV = -dz^T S - x^T R in the
+// plain one.
 #if defined(__x86_64__)
 #include <cmath>
 #include <cstdlib>
@@ -71,11 +72,53 @@ struct ThreadTiles {
   double* wide[2];
 };
 
+// What the gradients of a chain need of one block of rows, from its Q and P [rows][r]: R and S as operands of outer in
+// scratch.outer_R and outer_S, dT -= Q^T P (P^T Q when reversed). Q comes in the pair basis and leaves in the plain
+// one.
+struct GradientRows {
+  GradientRows(const double* T, int r, bool reverse)
+      : r(r), reverse(reverse), S(r * padded_rank(r)), R(r * padded_rank(r)) {
+    pad_matrix(T, r, !reverse, S.data());
+    pad_matrix(T, r, reverse, R.data());
+  }
+
+  void operator()(ThreadTiles& scratch, const float* P, int rows, int columns, int height, double* dT) const {
+    float *Q = scratch.small[0], *product = scratch.small[1], *block_P = scratch.small[3];
+    to_plain_basis(Q, kBlock, r);
+    memset(block_P, 0, kBlock * r * sizeof(float));
+    memcpy(block_P, P, rows * r * sizeof(float));
+    widen_small(block_P, kBlock, r, scratch.wide[0]);
+    widen_small(Q, kBlock, r, scratch.wide[1]);
+    cross_accumulate(scratch.wide[reverse ? 0 : 1], scratch.wide[reverse ? 1 : 0], kBlock, r, -1, false, dT);
+    multiply_small(block_P, kBlock, r, S.data(), product);
+    split_bf16(product, kBlock * r, kTerms, scratch.split);
+    pack_outer_rows(scratch.split, r, columns, height, scratch.outer_S);
+    multiply_small(Q, kBlock, r, R.data(), product);
+    split_bf16(product, kBlock * r, kTerms, scratch.split);
+    pack_outer_rows(scratch.split, r, columns, height, scratch.outer_R);
+  }
+
+  int r;
+  bool reverse;
+  Buffer<double> S, R;
+};
+
+// Rows [row0, row0 + rows) of out = base - S' V'^T from S' = Q C in the pair basis.
+void expand_rows(HalfBlock base, const float* Q, const Buffer<double>& C, int rows, const TilePanels& V,
+                 ThreadTiles& scratch, const Rows& out, int64_t row0) {
+  float* S = scratch.small[1];
+  multiply_small(Q, kBlock, V.r, C.data(), S);
+  split_bf16(S, kBlock * V.r, 2, scratch.split);
+  pack_expand_rows(scratch.split[0], scratch.split[1], V.r, V.terms, scratch.expand);
+  tile_expand(base, rows, scratch.expand, V, reinterpret_cast<uint16_t*>(address(out, row0, 0)), out.stride,
+              scratch.sums);
+}
+
 void rotate_tiles(const Rows& x, int64_t M, const Reflectors& reflectors, const double* T, bool reverse, const Rows& z,
                   float* P, int threads) {
   int r = reflectors.r;
   int64_t K = reflectors.K, blocks = ceil_div(M, kBlock);
-  TilePanels V(reflectors, threads);
+  TilePanels V(reflectors, true, threads);
   Buffer<double> small(int64_t(r) * padded_rank(r));
   to_pair_basis(T, r, !reverse, small.data());
   threads = useful_threads(threads, blocks, M * K * r / 4);
@@ -83,7 +126,7 @@ void rotate_tiles(const Rows& x, int64_t M, const Reflectors& reflectors, const 
 #pragma omp parallel num_threads(threads)
   {
     ThreadTiles scratch(workspace);
-    float *block_P = scratch.small[0], *S = scratch.small[1];
+    float* block_P = scratch.small[0];
     configure_tiles(16);
 #pragma omp for schedule(dynamic)
     for (int64_t b = 0; b < blocks; b++) {
@@ -91,11 +134,7 @@ void rotate_tiles(const Rows& x, int64_t M, const Reflectors& reflectors, const 
       int rows = min_int(kBlock, M - row0);
       HalfBlock block = whole_block(x, row0, rows, K, scratch.block0);
       tile_shrink(block, V, scratch.sums, block_P);
-      multiply_small(block_P, kBlock, r, small.data(), S);
-      split_bf16(S, kBlock * r, 2, scratch.split);
-      pack_expand_rows(scratch.split[0], scratch.split[1], r, V.terms, scratch.expand);
-      tile_expand(block, rows, scratch.expand, V, reinterpret_cast<uint16_t*>(address(z, row0, 0)), z.stride,
-                  scratch.sums);
+      expand_rows(block, block_P, small, rows, V, scratch, z, row0);
       to_plain_basis(block_P, rows, r);
       memcpy(P + row0 * r, block_P, rows * r * sizeof(float));
     }
@@ -121,20 +160,19 @@ void rotate_backward_tiles(const Rows& dz, const Rows& x, int64_t M, const float
                            const double* T, bool reverse, void* dx, float* dV, double* dT, int threads) {
   int r = reflectors.r, rp = padded_rank(r), requested = threads, height = r <= 8 ? 8 : 16;
   int64_t K = reflectors.K, sum_rows = rows_per_sum(M), sums = ceil_div(M, sum_rows);
-  TilePanels V(reflectors, threads);
+  TilePanels V(reflectors, true, threads);
   Rows out = {dx, kBFloat16, K};
   int64_t dV_size = dV ? K * V.columns * height : 0, dT_size = dV ? int64_t(rp) * rp : 0;
-  Buffer<double> small_S(r * rp), small_R(r * rp), pair_R(r * rp), partial_dT(sums * dT_size);
+  Buffer<double> pair_R(r * rp), partial_dT(sums * dT_size);
   Buffer<float> partial_dV(sums * dV_size);
-  pad_matrix(T, r, !reverse, small_S.data());
-  pad_matrix(T, r, reverse, small_R.data());
+  GradientRows gradient_rows(T, r, reverse);
   to_pair_basis(T, r, reverse, pair_R.data());
   threads = useful_threads(threads, sums, M * K * r / 2);
   TileWorkspace workspace(K, r, V.columns, V.terms, threads);
 #pragma omp parallel num_threads(threads)
   {
     ThreadTiles scratch(workspace);
-    float *Q = scratch.small[0], *R = scratch.small[1], *S = scratch.small[2], *block_P = scratch.small[3];
+    float* Q = scratch.small[0];
 #pragma omp for schedule(dynamic)
     for (int64_t s = 0; s < sums; s++) {
       float* sum_dV = partial_dV.data() + s * dV_size;
@@ -147,27 +185,10 @@ void rotate_backward_tiles(const Rows& dz, const Rows& x, int64_t M, const float
         HalfBlock dz_block = whole_block(dz, row0, rows, K, scratch.block0);
         configure_tiles(16);
         tile_shrink(dz_block, V, scratch.sums, Q);
-        if (dx) {
-          multiply_small(Q, kBlock, r, pair_R.data(), R);
-          split_bf16(R, kBlock * r, 2, scratch.split);
-          pack_expand_rows(scratch.split[0], scratch.split[1], r, V.terms, scratch.expand);
-          tile_expand(dz_block, rows, scratch.expand, V, reinterpret_cast<uint16_t*>(address(out, row0, 0)), K,
-                      scratch.sums);
-        }
+        if (dx) expand_rows(dz_block, Q, pair_R, rows, V, scratch, out, row0);
         if (!dV) continue;
         HalfBlock x_block = whole_block(x, row0, rows, K, scratch.block1);
-        to_plain_basis(Q, kBlock, r);
-        memset(block_P, 0, kBlock * r * sizeof(float));
-        memcpy(block_P, P + row0 * r, rows * r * sizeof(float));
-        multiply_small(Q, kBlock, r, small_R.data(), R);
-        multiply_small(block_P, kBlock, r, small_S.data(), S);
-        widen_small(block_P, kBlock, r, scratch.wide[0]);
-        widen_small(Q, kBlock, r, scratch.wide[1]);
-        cross_accumulate(scratch.wide[reverse ? 0 : 1], scratch.wide[reverse ? 1 : 0], kBlock, r, -1, false, sum_dT);
-        split_bf16(S, kBlock * r, kTerms, scratch.split);
-        pack_outer_rows(scratch.split, r, V.columns, height, scratch.outer_S);
-        split_bf16(R, kBlock * r, kTerms, scratch.split);
-        pack_outer_rows(scratch.split, r, V.columns, height, scratch.outer_R);
+        gradient_rows(scratch, P + row0 * r, rows, V.columns, height, sum_dT);
         configure_tiles(height);
         OuterOperand operands[] = {{dz_block, scratch.outer_S}, {x_block, scratch.outer_R}};
         tile_outer(operands, 2, V.columns, height, V.panels, scratch.pairs, sum_dV);
@@ -179,44 +200,71 @@ void rotate_backward_tiles(const Rows& dz, const Rows& x, int64_t M, const float
   add_partial_dT(partial_dT.data(), sums, r, dT);
 }
 
-void pack_linear_tiles(const Rows& x, int64_t M, const Rows& W, int64_t N, const Reflectors& reflectors,
-                       const double* T, const Rows& xs, const Rows& ws, float* P, int threads) {
-  int r = reflectors.r;
-  int64_t K = reflectors.K, x_blocks = ceil_div(M, kBlock), blocks = x_blocks + ceil_div(N, kBlock);
-  TilePanels V(reflectors, threads);
-  Buffer<double> small(int64_t(r) * padded_rank(r));
-  to_pair_basis(T, r, true, small.data());
-  threads = useful_threads(threads, blocks, (M + N) * K * r / 8);
+// W V' [N][r], V' the pair basis.
+void project_tiles(const Rows& W, int64_t N, const TilePanels& V, int64_t K, float* WV, int threads) {
+  int r = V.r;
+  int64_t blocks = ceil_div(N, kBlock);
+  threads = useful_threads(threads, blocks, N * K * r / 8);
   TileWorkspace workspace(K, r, V.columns, V.terms, threads);
 #pragma omp parallel num_threads(threads)
   {
     ThreadTiles scratch(workspace);
-    float *product = scratch.small[0], *tail = scratch.small[1];
+    float* product = scratch.small[0];
     configure_tiles(16);
 #pragma omp for schedule(dynamic)
     for (int64_t b = 0; b < blocks; b++) {
-      bool is_x = b < x_blocks;
-      const Rows& in = is_x ? x : W;
-      int64_t row0 = (is_x ? b : b - x_blocks) * kBlock;
-      int rows = min_int(kBlock, (is_x ? M : N) - row0);
-      tile_shrink(whole_block(in, row0, rows, K, scratch.block0), V, scratch.sums, product);
-      if (is_x) {
-        multiply_small(product, rows, r, small.data(), tail);
-        to_plain_basis(product, rows, r);
-        memcpy(P + row0 * r, product, rows * r * sizeof(float));
-      } else {
-        for (int i = 0; i < rows * r; i++) tail[i] = -product[i];
-      }
-      write_augmented(in, tail, row0, rows, K, r, is_x, is_x ? xs : ws);
+      int64_t row0 = b * kBlock;
+      int rows = min_int(kBlock, N - row0);
+      tile_shrink(whole_block(W, row0, rows, K, scratch.block0), V, scratch.sums, product);
+      memcpy(WV + row0 * r, product, rows * r * sizeof(float));
     }
   }
 }
 
-void project_tiles(const Rows& x, int64_t M, const Reflectors& reflectors, float* P, int threads) {
+// dV = -W^T D for partial sums D [N][r] that are already negated.
+void outer_tiles(const float* D, const Rows& W, int64_t N, int64_t K, int r, float* dV, int threads) {
+  int requested = threads, height = r <= 8 ? 8 : 16, columns = int(ceil_div(r, 16));
+  int64_t sum_rows = rows_per_sum(N), sums = ceil_div(N, sum_rows), size = K * columns * height;
+  Buffer<float> partial(sums * size);
+  threads = useful_threads(threads, sums, N * K * r / 4);
+  TileWorkspace workspace(K, r, columns, 0, threads);
+#pragma omp parallel num_threads(threads)
+  {
+    ThreadTiles scratch(workspace);
+    float* minus_D = scratch.small[0];
+    configure_tiles(height);
+#pragma omp for schedule(dynamic)
+    for (int64_t s = 0; s < sums; s++) {
+      float* sum = partial.data() + s * size;
+      memset(sum, 0, size * sizeof(float));
+      int64_t end = (s + 1) * sum_rows < N ? (s + 1) * sum_rows : N;
+      for (int64_t row0 = s * sum_rows; row0 < end; row0 += kBlock) {
+        int rows = min_int(kBlock, end - row0);
+        memset(minus_D, 0, kBlock * r * sizeof(float));
+        for (int i = 0; i < rows * r; i++) minus_D[i] = -D[row0 * r + i];
+        split_bf16(minus_D, kBlock * r, kTerms, scratch.split);
+        pack_outer_rows(scratch.split, r, columns, height, scratch.outer_S);
+        OuterOperand operand = {whole_block(W, row0, rows, K, scratch.block0), scratch.outer_S};
+        tile_outer(&operand, 1, columns, height, K / kPanel, scratch.pairs, sum);
+      }
+    }
+  }
+  add_tile_sums(partial.data(), sums, K, r, columns, height, dV, requested);
+}
+
+void linear_update_tiles(const Rows& x, int64_t M, const Rows& W, int64_t N, const Reflectors& reflectors,
+                         const double* T, const Rows& u, float* P, int threads) {
   int r = reflectors.r;
   int64_t K = reflectors.K, blocks = ceil_div(M, kBlock);
-  TilePanels V(reflectors, threads);
-  threads = useful_threads(threads, blocks, M * K * r / 8);
+  TilePanels V(reflectors, true, threads);
+  Buffer<float> WV(N * r);
+  project_tiles(W, N, V, K, WV.data(), threads);
+  TilePanels B(columns_of(WV, N, r), false, threads);
+  Buffer<double> small(int64_t(r) * padded_rank(r));
+  to_pair_basis(T, r, true, small.data());
+  Buffer<uint16_t> zeros(N);
+  memset(zeros.data(), 0, N * sizeof(uint16_t));
+  threads = useful_threads(threads, blocks, M * (K + N) * r / 8);
   TileWorkspace workspace(K, r, V.columns, V.terms, threads);
 #pragma omp parallel num_threads(threads)
   {
@@ -228,73 +276,69 @@ void project_tiles(const Rows& x, int64_t M, const Reflectors& reflectors, float
       int64_t row0 = b * kBlock;
       int rows = min_int(kBlock, M - row0);
       tile_shrink(whole_block(x, row0, rows, K, scratch.block0), V, scratch.sums, block_P);
+      expand_rows({zeros.data(), 0}, block_P, small, rows, B, scratch, u, row0);
       to_plain_basis(block_P, rows, r);
       memcpy(P + row0 * r, block_P, rows * r * sizeof(float));
     }
   }
 }
 
-// dx = addend + dP V^T with bf16 addend (null dx: not wanted), dV = x^T dP (null dV: not wanted).
-void project_backward_tiles(const float* dP, const Rows& x, int64_t M, const Reflectors& reflectors, void* dx,
-                            float* dV, int threads, const Rows* addend) {
-  int r = reflectors.r, requested = threads, height = r <= 8 ? 8 : 16;
+void linear_backward_tiles(const Rows& dy, const Rows& x, int64_t M, const Rows& W, int64_t N, const float* P,
+                           const Reflectors& reflectors, const double* T, void* update, float* dV, double* dT,
+                           int threads) {
+  int r = reflectors.r, rp = padded_rank(r), requested = threads, height = r <= 8 ? 8 : 16;
   int64_t K = reflectors.K, sum_rows = rows_per_sum(M), sums = ceil_div(M, sum_rows);
-  TilePanels V(reflectors, threads);
-  Rows out = {dx, kBFloat16, K};
-  int64_t dV_size = dV ? K * V.columns * height : 0;
-  Buffer<float> partial_dV(sums * dV_size);
-  threads = useful_threads(threads, sums, M * K * r / 4);
-  TileWorkspace workspace(K, r, V.columns, V.terms, threads);
+  TilePanels V(reflectors, true, threads);
+  Buffer<float> WV(N * r);
+  project_tiles(W, N, V, K, WV.data(), threads);
+  TilePanels B(columns_of(WV, N, r), false, threads);
+  Rows out = {update, kBFloat16, K};
+  int64_t per_column = dV ? V.columns * height : 0, dV_size = K * per_column, dB_size = N * per_column;
+  int64_t dT_size = dV ? int64_t(rp) * rp : 0;
+  Buffer<double> pair_R(r * rp), partial_dT(sums * dT_size);
+  Buffer<float> partial_dV(sums * dV_size), partial_dB(sums * dB_size);
+  Buffer<uint16_t> zeros(K);
+  memset(zeros.data(), 0, K * sizeof(uint16_t));
+  GradientRows gradient_rows(T, r, false);
+  to_pair_basis(T, r, false, pair_R.data());
+  threads = useful_threads(threads, sums, M * (K + N) * r / 4);
+  TileWorkspace workspace(K > N ? K : N, r, V.columns, V.terms, threads);
 #pragma omp parallel num_threads(threads)
   {
     ThreadTiles scratch(workspace);
-    float *S = scratch.small[0], *paired_S = scratch.small[1];
+    float* Q = scratch.small[0];
 #pragma omp for schedule(dynamic)
     for (int64_t s = 0; s < sums; s++) {
-      float* sum_dV = partial_dV.data() + s * dV_size;
+      float *sum_dV = partial_dV.data() + s * dV_size, *sum_dB = partial_dB.data() + s * dB_size;
+      double* sum_dT = partial_dT.data() + s * dT_size;
       memset(sum_dV, 0, dV_size * sizeof(float));
+      memset(sum_dB, 0, dB_size * sizeof(float));
+      memset(sum_dT, 0, dT_size * sizeof(double));
       int64_t end = (s + 1) * sum_rows < M ? (s + 1) * sum_rows : M;
       for (int64_t row0 = s * sum_rows; row0 < end; row0 += kBlock) {
         int rows = min_int(kBlock, end - row0);
-        memset(S, 0, kBlock * r * sizeof(float));
-        for (int i = 0; i < rows * r; i++) S[i] = -dP[row0 * r + i];
-        if (dx) {
-          HalfBlock base = whole_block(*addend, row0, rows, K, scratch.block0);
-          to_paired_coefficients(S, kBlock, r, paired_S);
-          split_bf16(paired_S, kBlock * r, 2, scratch.split);
-          pack_expand_rows(scratch.split[0], scratch.split[1], r, V.terms, scratch.expand);
-          configure_tiles(16);
-          tile_expand(base, rows, scratch.expand, V, reinterpret_cast<uint16_t*>(address(out, row0, 0)), K,
-                      scratch.sums);
-        }
+        HalfBlock dy_block = whole_block(dy, row0, rows, N, scratch.block0);
+        configure_tiles(16);
+        tile_shrink(dy_block, B, scratch.sums, Q);
+        if (update) expand_rows({zeros.data(), 0}, Q, pair_R, rows, V, scratch, out, row0);
         if (!dV) continue;
-        split_bf16(S, kBlock * r, kTerms, scratch.split);
-        pack_outer_rows(scratch.split, r, V.columns, height, scratch.outer_S);
-        OuterOperand operand = {whole_block(x, row0, rows, K, scratch.block1), scratch.outer_S};
+        gradient_rows(scratch, P + row0 * r, rows, V.columns, height, sum_dT);
+        OuterOperand of_dy = {dy_block, scratch.outer_S};
+        OuterOperand of_x = {whole_block(x, row0, rows, K, scratch.block1), scratch.outer_R};
         configure_tiles(height);
-        tile_outer(&operand, 1, V.columns, height, V.panels, scratch.pairs, sum_dV);
+        tile_outer(&of_dy, 1, V.columns, height, B.panels, scratch.pairs, sum_dB);
+        tile_outer(&of_x, 1, V.columns, height, V.panels, scratch.pairs, sum_dV);
       }
     }
   }
-  if (dV) add_tile_sums(partial_dV.data(), sums, K, r, V.columns, height, dV, requested);
+  if (!dV) return;
+  Buffer<float> dB(N * r), dV_x(K * r);
+  add_tile_sums(partial_dB.data(), sums, N, r, V.columns, height, dB.data(), requested);
+  add_tile_sums(partial_dV.data(), sums, K, r, V.columns, height, dV_x.data(), requested);
+  outer_tiles(dB.data(), W, N, K, r, dV, requested);
+  for (int64_t i = 0; i < K * r; i++) dV[i] += dV_x[i];
+  add_partial_dT(partial_dT.data(), sums, r, dT);
 }
-
-// The products of linear_backward: on tiles where they fit, as bf16 blocks with float32 sums.
-struct TileProducts {
-  static void project(const Rows& x, int64_t M, const Reflectors& V, float* P, int threads) {
-    if (worth_tiles(x, M, V))
-      project_tiles(x, M, V, P, threads);
-    else
-      avx512::kernels.project(x, M, V, P, threads);
-  }
-  static void project_backward(const float* dP, const Rows& x, int64_t M, const Reflectors& V, void* dx, float* dV,
-                               int threads, const Rows* addend) {
-    if (worth_tiles(x, M, V))
-      project_backward_tiles(dP, x, M, V, dx, dV, threads, addend);
-    else
-      VectorProducts::project_backward(dP, x, M, V, dx, dV, threads, addend);
-  }
-};
 
 void rotate_entry(const Rows& x, int64_t M, const Reflectors& V, const double* T, bool reverse, const Rows& z, void* P,
                   int threads) {
@@ -313,20 +357,29 @@ void rotate_backward_entry(const Rows& dz, const Rows& x, int64_t M, const void*
     avx512::kernels.rotate_backward(dz, x, M, P, V, T, reverse, dx, dV, dT, threads);
 }
 
-void pack_linear_entry(const Rows& x, int64_t M, const Rows& W, int64_t N, const Reflectors& V, const double* T,
-                       const Rows& xs, const Rows& ws, void* P, int threads) {
-  if (worth_tiles(x, M, V))
-    pack_linear_tiles(x, M, W, N, V, T, xs, ws, static_cast<float*>(P), threads);
+void linear_update_entry(const Rows& x, int64_t M, const Rows& W, int64_t N, const Reflectors& V, const double* T,
+                         const Rows& u, void* P, int threads) {
+  if (worth_tiles(x, M, V) && N % kPanel == 0)
+    linear_update_tiles(x, M, W, N, V, T, u, static_cast<float*>(P), threads);
   else
-    avx512::kernels.pack_linear(x, M, W, N, V, T, xs, ws, P, threads);
+    avx512::kernels.linear_update(x, M, W, N, V, T, u, P, threads);
+}
+
+void linear_backward_entry(const Rows& dy, const Rows& x, int64_t M, const Rows& W, int64_t N, const void* P,
+                           const Reflectors& V, const double* T, void* update, void* dV, double* dT, int threads) {
+  if (worth_tiles(x, M, V) && N % kPanel == 0)
+    linear_backward_tiles(dy, x, M, W, N, static_cast<const float*>(P), V, T, update, static_cast<float*>(dV), dT,
+                          threads);
+  else
+    avx512::kernels.linear_backward(dy, x, M, W, N, P, V, T, update, dV, dT, threads);
 }
 
 Kernels with_tiles() {
   Kernels table = avx512::kernels;
   table.rotate = rotate_entry;
   table.rotate_backward = rotate_backward_entry;
-  table.pack_linear = pack_linear_entry;
-  table.linear_backward = linear_backward<TileProducts>;
+  table.linear_update = linear_update_entry;
+  table.linear_backward = linear_backward_entry;
   return table;
 }
 

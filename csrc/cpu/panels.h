@@ -57,17 +57,6 @@ class Panels {
   Buffer<C> data_;
 };
 
-// out [rows][r] = S C^T, so that S V^T = out V'^T.
-inline void to_paired_coefficients(const float* S, int rows, int r, float* out) {
-  for (int i = 0; i < rows; i++, S += r, out += r) {
-    for (int j = 0; j + 1 < r; j += 2) {
-      out[j] = S[j] + S[j + 1];
-      out[j + 1] = (S[j] - S[j + 1]) / 2;
-    }
-    if (r % 2) out[r - 1] = S[r - 1];
-  }
-}
-
 // P [rows][r] = P' C in place, P' = x V': p0 = mean + difference / 2, p1 = mean - difference / 2.
 inline void to_plain_basis(float* P, int rows, int r) {
   for (int i = 0; i < rows; i++, P += r)
@@ -76,27 +65,6 @@ inline void to_plain_basis(float* P, int rows, int r) {
       P[j] = mean + half;
       P[j + 1] = mean - half;
     }
-}
-
-// Scales the columns of panels by exact powers of two to norms in [1, 2): S' and W V' then fit fp16. Returns the
-// factors.
-inline void balance_columns(Panels<float>& panels, float* factors) {
-  int r = panels.r;
-  Buffer<double> square(r);
-  memset(square.data(), 0, r * sizeof(double));
-  for (int64_t p = 0; p < panels.count; p++)
-    for (int j = 0; j < r; j++) {
-      float sum = 0, *v = panels.panel(p) + j * kPanel;
-      for (int k = 0; k < kPanel; k++) sum += v[k] * v[k];
-      square[j] += sum;
-    }
-  for (int j = 0; j < r; j++) {
-    double norm = std::sqrt(square[j]);
-    factors[j] = norm > 1e-30 && norm < 1e30 ? float(std::ldexp(1.0, -std::ilogb(norm))) : 1.0f;
-  }
-  for (int64_t p = 0; p < panels.count; p++)
-    for (int j = 0; j < r; j++)
-      for (int k = 0; k < kPanel; k++) panels.panel(p)[j * kPanel + k] *= factors[j];
 }
 
 }  // namespace PEFTKERN_ISA

@@ -72,10 +72,9 @@ void expand_chunk(Tile<C> tile, int rows, const C* S, const Panels<C>& V, int64_
 }
 
 template <class C>
-void project(const Rows& x, int64_t M, const Reflectors& reflectors, C* P, int threads) {
-  int r = reflectors.r;
-  int64_t K = reflectors.K, blocks = ceil_div(M, kBlock);
-  Panels<C> V(reflectors, false, threads);
+void project(const Rows& x, int64_t M, int64_t K, const Panels<C>& V, C* P, int threads) {
+  int r = V.r;
+  int64_t blocks = ceil_div(M, kBlock);
   threads = useful_threads(threads, blocks, M * K * r);
   Workspace<C> workspace(r, threads);
 #pragma omp parallel num_threads(threads)
@@ -87,6 +86,11 @@ void project(const Rows& x, int64_t M, const Reflectors& reflectors, C* P, int t
       shrink(x, row0, min_int(kBlock, M - row0), K, V, P + row0 * r, scratch);
     }
   }
+}
+
+template <class C>
+void project(const Rows& x, int64_t M, const Reflectors& V, C* P, int threads) {
+  project(x, M, V.K, Panels<C>(V, false, threads), P, threads);
 }
 
 // dV [K][r] = sum over partial sums [K/32][r][32], in order.
@@ -119,10 +123,10 @@ inline void add_partial_dT(const double* partial, int64_t sums, int r, double* d
     }
 }
 
-// S [rows][r] = -dP turns the two accumulating kernels, which subtract, into dx = addend + dP V^T and dV += x^T dP.
+// S [rows][r] = -dP turns the two accumulating kernels, which subtract, into dx = dP V^T and dV += x^T dP.
 template <class C>
-void project_backward(const C* dP, const Rows& x, int64_t M, const Reflectors& reflectors, void* dx, C* dV, int threads,
-                      const Rows* addend = nullptr) {
+void project_backward(const C* dP, const Rows& x, int64_t M, const Reflectors& reflectors, void* dx, C* dV,
+                      int threads) {
   int r = reflectors.r, requested = threads;
   int64_t K = reflectors.K, sum_rows = rows_per_sum(M), sums = ceil_div(M, sum_rows);
   Panels<C> V(reflectors, false, threads);
@@ -146,9 +150,7 @@ void project_backward(const C* dP, const Rows& x, int64_t M, const Reflectors& r
         for (int i = 0; i < rows * r; i++) S[i] = -dP[row0 * r + i];
         for (int64_t k0 = 0; k0 < K; k0 += kChunk) {
           int cols = min_int(kChunk, K - k0);
-          Tile<C> base = {scratch.tile1, kChunk};
-          if (dx && addend) base = fetch(*addend, row0, rows, k0, cols, scratch.tile1);
-          if (dx) expand_chunk<C>(base, rows, S, V, k0, cols, out, row0, scratch.out);
+          if (dx) expand_chunk<C>({scratch.tile1, kChunk}, rows, S, V, k0, cols, out, row0, scratch.out);
           if (!dV) continue;
           Tile<C> tile = fetch(x, row0, rows, k0, cols, scratch.tile0);
           for (int c = 0; c < cols; c += kPanel) outer<C>({tile.data + c, tile.ld}, rows, S, r, sum_dV + (k0 + c) * r);

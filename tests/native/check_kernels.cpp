@@ -1,7 +1,7 @@
 // Self-check of the CPU kernels without Python, made to be built with -fsanitize=address,undefined: exact-size heap
 // buffers, so that a read or write one element too far is caught; every instruction set that this processor has.
-// Against plain loops in fp64: rotate z = x - P C V^T, rotate_backward dx = dz - Q C^T V^T, C = T^T; pack_linear
-// xs ws^T = z W^T; linear_backward dV = -dz^T S - x^T R for dz = dy W, S = P C, R = dz V C^T; orthonormal_factor.
+// Against plain loops in fp64: rotate z = x - P C V^T, rotate_backward dx = dz - Q C^T V^T, C = T^T; linear_update
+// u = (z - x) W^T; linear_backward dV = -dz^T S - x^T R for dz = dy W, S = P C, R = dz V C^T; orthonormal_factor.
 
 #include <cmath>
 #include <cstdio>
@@ -122,39 +122,35 @@ static void check_linear(Level level, const std::vector<char>& x, Dtype dtype, c
   const Kernels& kernels = kernels_of(level);
   const char* name = kLevelNames[level];
   int r = V.r;
-  int64_t K = V.K, width = K + (3 * r + 31) / 32 * 32;
+  int64_t K = V.K;
   auto W = random(dtype, N * K), bias = random(dtype, N), dy = random(dtype, M * N);
-  std::vector<char> xs(M * width * 2), ws(N * width * 2), y(M * N * 2), P(M * r * 4), dx(M * K * 2), dV(K * r * 4);
+  std::vector<char> u(M * N * 2), y(M * N * 2), P(M * r * 4), update(M * K * 2), dV(K * r * 4);
   const char* V_bytes = static_cast<const char*>(V.data);
   Matrix wide_x = widened(x, dtype), wide_W = widened(W, dtype);
   Matrix wide_V = widened({V_bytes, V_bytes + K * r * 4}, kFloat32), dT(r * r);
   Rows x_rows = {const_cast<char*>(x.data()), dtype, K}, W_rows = {W.data(), dtype, K}, dy_rows = {dy.data(), dtype, N};
   kernels.linear_few_rows(x_rows, M, W_rows, N, bias.data(), V, T.data(), {y.data(), dtype, N}, P.data(), 2);
-  kernels.pack_linear(x_rows, M, W_rows, N, V, T.data(), {xs.data(), dtype, width}, {ws.data(), dtype, width}, P.data(),
-                      2);
+  kernels.linear_update(x_rows, M, W_rows, N, V, T.data(), {u.data(), dtype, N}, P.data(), 2);
   Matrix exact_y = product(exact_z, wide_W, M, K, N, false, true);
-  expect(product(widened(xs, dtype), widened(ws, dtype), M, width, N, false, true), exact_y,
-         dtype == kBFloat16 ? 0x1p-14 : 0x1p-18, "pack_linear", name, dtype, M, K, r);
+  Matrix exact_u = minus(exact_y, product(wide_x, wide_W, M, K, N, false, true));
+  expect(widened(u, dtype), exact_u, kRounding[dtype], "linear_update", name, dtype, M, K, r);
   for (int64_t i = 0; i < M; i++)
     for (int64_t j = 0; j < N; j++) exact_y[i * N + j] += get(bias, dtype, j);
   expect(widened(y, dtype), exact_y, kRounding[dtype], "linear_few_rows", name, dtype, M, K, r);
 
-  // dx is computed in place from dz, as the library leaves it.
   Matrix exact_dz = product(widened(dy, dtype), wide_W, M, N, K);
-  for (int64_t i = 0; i < M * K; i++) put(dx, dtype, i, exact_dz[i]);
-  Matrix exact_dx = rotated(exact_dz, wide_V, T, false, M, K, r), R = coefficients(exact_dz, wide_V, T, false, M, K, r);
+  Matrix exact_update = minus(rotated(exact_dz, wide_V, T, false, M, K, r), exact_dz);
+  Matrix R = coefficients(exact_dz, wide_V, T, false, M, K, r);
   Matrix S = coefficients(wide_x, wide_V, T, true, M, K, r), exact_dV = product(exact_dz, S, K, M, r, true);
   exact_dV = minus(minus(Matrix(K * r), exact_dV), product(wide_x, R, K, M, r, true));
   Matrix Q = product(exact_dz, wide_V, M, K, r), exact_P = product(wide_x, wide_V, M, K, r);
   Matrix exact_dT = minus(Matrix(r * r), product(Q, exact_P, r, M, r, true));
   const bool masks[][2] = {{true, true}, {true, false}, {false, true}};
   for (const auto& mask : masks) {
-    auto dx_copy = dx;
-    void* dx_or_null = mask[0] ? dx_copy.data() : nullptr;
-    kernels.linear_backward(dy_rows, x_rows, {dx_or_null, dtype, K}, M, W_rows, N, P.data(), V, T.data(), dx_or_null,
+    kernels.linear_backward(dy_rows, x_rows, M, W_rows, N, P.data(), V, T.data(), mask[0] ? update.data() : nullptr,
                             mask[1] ? dV.data() : nullptr, mask[1] ? dT.data() : nullptr, 2);
     if (mask[0])
-      expect(widened(dx_copy, dtype), exact_dx, kRounding[dtype], "linear_backward dx", name, dtype, M, K, r);
+      expect(widened(update, dtype), exact_update, kRounding[dtype], "linear_backward dx", name, dtype, M, K, r);
     if (!mask[1]) continue;
     expect(widened(dV, kFloat32), exact_dV, kRounding[kFloat32], "linear_backward dV", name, dtype, M, K, r);
     expect(dT, exact_dT, kRounding[kFloat32], "linear_backward dT", name, dtype, M, K, r);

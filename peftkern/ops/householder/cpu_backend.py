@@ -12,7 +12,7 @@ from peftkern.ops._rows import CODES as _CODES
 from peftkern.ops._rows import HALF as _HALF
 from peftkern.ops._rows import like_rows as _like_rows
 from peftkern.ops._rows import rows as _rows
-from peftkern.ops._rows import weight_scratch as _weight_scratch
+from peftkern.ops.householder import reference
 
 _library, _level, _reason = _native.cpu()
 
@@ -105,9 +105,8 @@ def rotated_linear(x, weight, bias, V, T):
     M, N, T = x.numel() // K, weight.shape[0], T.contiguous()
     rows, stride = _rows(x, K)
     W, W_stride = _rows(weight, K)
-    P = V.new_empty(M, r)
     if M <= _FEW_ROWS:
-        y = x.new_empty(*x.shape[:-1], N)
+        P, y = V.new_empty(M, r), x.new_empty(*x.shape[:-1], N)
         b = None if bias is None else bias.contiguous()
         # fmt: off
         _library.linear_few_rows(_level, _threads(), rows.data_ptr(), _CODES[x.dtype], M, stride,
@@ -115,33 +114,49 @@ def rotated_linear(x, weight, bias, V, T):
                                  y.data_ptr(), P.data_ptr())
         # fmt: on
         return y, P
-    width = K + (3 * r + 31) // 32 * 32
-    xs, ws = x.new_empty(M, width), _weight_scratch(N, width, x.dtype)
+    if not _adds_in_one_accumulator(x.dtype, K, r):
+        return reference.rotated_linear(x, weight, bias, V, T)
+    P, y = V.new_empty(M, r), x.new_empty(M, N)
     # fmt: off
-    _library.pack_linear(_level, _threads(), rows.data_ptr(), _CODES[x.dtype], M, stride, W.data_ptr(), N, W_stride,
-                         *_factor(V), T.data_ptr(), xs.data_ptr(), ws.data_ptr(), width, P.data_ptr())
+    _library.linear_update(_level, _threads(), rows.data_ptr(), _CODES[x.dtype], M, stride, W.data_ptr(), N, W_stride,
+                           *_factor(V), T.data_ptr(), y.data_ptr(), P.data_ptr())
     # fmt: on
-    return F.linear(xs, ws, bias).view(*x.shape[:-1], N), P
+    if bias is None:
+        y.addmm_(x.reshape(M, K), weight.mT)
+    else:
+        y = torch.ops.mkldnn._linear_pointwise.binary(x.reshape(M, K), y, weight, bias, "add")
+    return y.view(*x.shape[:-1], N), P
+
+
+def _adds_in_one_accumulator(dtype, K, r):
+    """Whether y = u + x W^T may start from the update u rounded by itself: oneDNN adds both in float32 and rounds once.
+
+    The rounding of u counts where u is as large as y: with r columns of K, |u| is about 2 sqrt(r / K) |y|.
+    """
+    mkldnn = torch.ops.mkldnn
+    supported = mkldnn._is_mkldnn_bf16_supported if dtype is torch.bfloat16 else mkldnn._is_mkldnn_fp16_supported
+    return 16 * r <= K and torch.backends.mkldnn.enabled and supported()
 
 
 def rotated_linear_backward(dy, x, weight, P, V, T, output_mask):
     if x.dtype not in _HALF:
         return rotate_backward(dy.matmul(weight), x, P, V, T, False, output_mask)
     (K, r), (want_dx, want_dV) = V.shape, output_mask
+    if not _adds_in_one_accumulator(x.dtype, K, r):
+        return reference.rotated_linear_backward(dy, x, weight, P, V, T, output_mask)
     M, N, P, T = x.numel() // K, weight.shape[0], P.contiguous(), T.contiguous()
     rows, stride = _rows(x, K)
     dy_rows, dy_stride = _rows(dy, N)
     W, W_stride = _rows(weight, K)
-    dx = dy_rows.reshape(*x.shape[:-1], N).matmul(weight) if want_dx else x.new_empty(0)
+    dx = x.new_empty(M, K) if want_dx else x.new_empty(0)
     dV, dT = (V.new_empty(K, r), T.new_empty(r, r)) if want_dV else (V.new_empty(0), T.new_empty(0))
     if want_dx or want_dV:
-        # dx holds dz = dy W on entry and is updated in place.
         # fmt: off
         _library.linear_backward(_level, _threads(), dy_rows.data_ptr(), dy_stride, rows.data_ptr(), _CODES[x.dtype], M,
-                                 stride, dx.data_ptr(), W.data_ptr(), N, W_stride, P.data_ptr(), *_factor(V),
-                                 T.data_ptr(), dx.data_ptr(), dV.data_ptr(), dT.data_ptr())
+                                 stride, W.data_ptr(), N, W_stride, P.data_ptr(), *_factor(V), T.data_ptr(),
+                                 dx.data_ptr(), dV.data_ptr(), dT.data_ptr())
         # fmt: on
-    return dx, dV, dT
+    return dx.addmm_(dy.reshape(M, N), weight).view(x.shape) if want_dx else dx, dV, dT
 
 
 def project(x, V):

@@ -255,7 +255,7 @@ def test_rotated_linear_rounds_once(level, dtype, bias):
             assert y.dtype is dtype and error(P, x.double() @ V.double()) <= floor(V.dtype, K)
 
 
-TAIL_SHAPES = [  # M, K, N, r: columns of the tail (3 r) fewer than, as many as and more than those of x
+UPDATE_SHAPES = [  # M, K, N, r, with few and with many columns for the width
     (17, 123, 33, 2), (33, 64, 37, 64), (40, 8, 16, 8), (130, 32, 96, 31), (33, 33, 40, 32), (16, 128, 50, 128),
     (70, 96, 5, 1), (17, 20, 130, 16), (64, 256, 64, 24),
 ]  # fmt: skip
@@ -263,13 +263,17 @@ TAIL_SHAPES = [  # M, K, N, r: columns of the tail (3 r) fewer than, as many as 
 
 @pytest.mark.parametrize("gap", (1, 1e-3))
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_the_tail_of_rotated_linear_adds_nothing_to_the_rounding_of_y(level, dtype, gap):
-    for M, K, N, r in TAIL_SHAPES:
+def test_rotated_linear_rounds_y_once_and_the_update_by_itself(level, dtype, gap):
+    for M, K, N, r in UPDATE_SHAPES:
         x, W, V = normal(M, K, dtype=dtype), (normal(N, K, seed=1) / K**0.5).to(dtype), pairs(K, r, gap, seed=3)
         T = reference.wy_factor(V.double())
         exact = exact_rotation(x, x, V, T, False)[0][0] @ W.double().mT
         y, P = cpu.rotated_linear(x, W, None, V, T)
-        assert error(y, exact) <= 1.01 * error(exact.to(dtype), exact), (M, K, N, r)
+        limit = 1.01 * error(exact.to(dtype), exact)
+        if 16 * r <= K:  # two independent roundings; a few hundred numbers average their product to a few per cent
+            update = exact - x.double() @ W.double().mT
+            limit = 1.05 * (((update.to(dtype) - update).norm() / exact.norm()) ** 2 + limit**2) ** 0.5
+        assert error(y, exact) <= limit, (M, K, N, r)
         assert error(P, x.double() @ V.double()) <= floor(V.dtype, K)
 
 
