@@ -52,6 +52,16 @@ def _row_cases():
 CASES = {f"{op} {dtype} r{r} {rows}": (op, dtype, r, rows) for op, dtype, r, rows in (*_rank_cases(), *_row_cases())}
 # Run in every test run; the others with the slow tests.
 FIRST = {name for name, (op, dtype, r, rows) in CASES.items() if (dtype, rows) != ("fp16", "8192 tokens") and r != 8}
+# Kernels that break a rule, and why they still ship. A case that has come right fails until its line is deleted.
+_ONE_PROGRAM = "one program factors 128 x 128 in float64 registers, once per layer and step: it spills"
+_FRAME = "spills one float64 per thread"
+KNOWN = {
+    **{f"{arch} orthonormal_factor fp32 r128 8192 tokens": _ONE_PROGRAM for arch in ("sm80", "sm90", "sm100")},
+    "gfx942 orthonormal_factor fp32 r128 8192 tokens": "128 x 128 in float64 does not fit 64 KiB of shared memory",
+    **{f"{arch} orthonormal_factor_backward fp32 r32 8192 tokens": _FRAME for arch in ("sm90", "sm100")},
+    **{f"{arch} orthonormal_factor_backward fp32 r128 8192 tokens": _FRAME for arch in ("sm90", "sm100")},
+    "sm80 rotated_linear_backward bf16 r32 8192 tokens": "spills 280 bytes per thread: its tile is too large for sm_80",
+}
 
 
 def arguments(name):

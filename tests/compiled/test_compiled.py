@@ -15,6 +15,10 @@ def memory_never_touched():
     torch.utils.deterministic.fill_uninitialized_memory = False
 
 
+class BrokenRules(AssertionError):
+    """What a kernel must not do, against being different from the table."""
+
+
 def numbered(names):
     """Names, the second of a kind with #2 and so on."""
     seen = {}
@@ -60,6 +64,8 @@ def triton_params():
         for name in cases.CASES:
             marks = [pytest.mark.xdist_group(f"compiled {target}")]
             marks += [] if name in cases.FIRST else [pytest.mark.slow]
+            if reason := cases.KNOWN.get(f"{target} {name}"):
+                marks.append(pytest.mark.xfail(reason=reason, raises=BrokenRules, strict=True))
             yield pytest.param(target, name, marks=marks, id=f"{target}-{name}")
 
 
@@ -78,9 +84,11 @@ def test_triton(request, memory_never_touched, target, name):
     lines = [
         f"{label}: {line}" for label, f in found.items() for line in broken_rules(target, label.split()[0], f, many)
     ]
-    lines += judge(request, "triton", target, name, found)
+    different = judge(request, "triton", target, name, found)
     levels.proves(request.node, 3, "triton", [op])
-    assert not lines, "\n".join(lines)
+    assert not different, "\n".join(different)
+    if lines:
+        raise BrokenRules("\n".join(lines))
 
 
 @pytest.mark.skipif(cuda_library.missing() is not None, reason=str(cuda_library.missing()))
