@@ -88,6 +88,9 @@ def _each_value_once(items):
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     tests, big = {}, []
+    if devices.INTERPRETED:
+        # This process is for what the interpreter runs; the same tests at other levels run in its parent.
+        items[:] = [item for item in items if _simulated(item) == "triton" or "interpreted" in item.path.parts]
     for item in items:
         name = _simulated(item)
         if name and item.get_closest_marker("big"):

@@ -43,7 +43,7 @@ def test_the_operations_interpreted(request, tmp_path, path):
     record = tmp_path / "levels.json"
     options = request.config.option
     slow = ["-m", options.markexpr] if options.markexpr == "" else []
-    run(f"tests/ops/{path}", "-k", "triton", "--levels-record", record, *slow)
+    run(f"tests/ops/{path}", "--levels-record", record, *slow)
     proven = {
         operation for level, backend, operation in json.loads(record.read_text()) if (level, backend) == (2, "triton")
     }
