@@ -348,7 +348,7 @@ def test_adapters_round_trip_under_pefts_names(adapted):
 
 
 def test_saving_a_model_without_adapters_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="the model has no HRA layer"):
+    with pytest.raises(ValueError, match="the model has no adapter layer"):
         save_adapters(small_model(), tmp_path / "adapter.safetensors")
     assert not list(tmp_path.iterdir())
 
@@ -381,7 +381,7 @@ def _integer(tensors):
     ("spoil", "message"),
     [
         (_missing, "has no hra_u for conv"),
-        (_unknown, "the model has no HRA layer for block.fc2"),
+        (_unknown, "the model has no adapter layer for block.fc2"),
         (_shape, r"hra_u of fc1 must have shape \[8, 4\]; .* holds \[8, 6\]"),
         (_nan, "hra_u of fc1 in .* has values that are not finite"),
         (_overflow, "hra_u of fc1 in .* has values that are not finite"),
