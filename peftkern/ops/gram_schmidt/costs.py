@@ -69,7 +69,14 @@ def _triton_factor(K, r, size, family):
     padded = triton_tiles.GRAM_ROWS * sum(
         _cdiv(min(per_split, K - first), triton_tiles.GRAM_ROWS) for first in range(0, K, per_split)
     )
-    columns, square = K * r * size, 8 * r * r
+    columns, square, triangle = K * r * size, 8 * r * r, 8 * _packed(r)
+    # The scales, thrice as squares; by halves: three of four blocks, and four products of blocks of 64, in tiles of 32.
+    block = 8 * 64 * 64
+    algebra_read = 8 * splits * r + splits * triangle + 2 * square + 24 * R * R
+    algebra_written = 8 * R + triangle + 3 * square + 4
+    if R > 64:
+        algebra_read += 4 * 4 * block + 2 * block - 8 * 64 * (r - 64)
+        algebra_written += 7 * block
     shares = splits * 8 * sum(widths[i] * widths[j] for i, j in pairs)
     again = programs + _cdiv(r, triton_backend.ROWS)
     return [
@@ -81,7 +88,14 @@ def _triton_factor(K, r, size, family):
             {"tensor_fp64": 2 * padded * tile * tile * len(pairs)},
             splits * len(pairs),
         ),
-        Launch("factor_kernel", splits * square, 2 * square + 4, shares + 2 * square, {"fp64": 8 * r * R * R}, 1),
+        Launch(
+            "factor_kernel",
+            algebra_read,
+            algebra_written,
+            splits * triangle + 2 * square,
+            {"fp64": 8 * r * min(R, 64) ** 2, **({"tensor_fp64": 4 * 2 * 64**3} if R > 64 else {})},
+            1,
+        ),
         Launch(
             "multiply_kernel",
             K * size * sum(widths[i] for i, _ in pairs) + programs * 8 * sum(widths[i] * widths[j] for i, j in pairs),

@@ -14,8 +14,8 @@ from peftkern.ops.householder import triton_tiles as tiles
 MAX_RANK = 128
 ROWS = 32  # of V, per program of a product
 
-# Warps of the one program that factors [R, R] in registers: 32 numbers of float64 a thread, no barriers for one warp.
-FACTOR_WARPS = {16: 1, 32: 1, 64: 4, 128: 16}
+# Warps of the one program that factors blocks of 16, 32 or 64 columns in registers, at most 16 numbers a thread.
+FACTOR_WARPS = {16: 1, 32: 2, 64: 8, 128: 8}
 
 
 @functools.cache
@@ -59,9 +59,12 @@ def orthonormal_factor(V):
     Q = V.new_empty(K, r)
     T, B, second, partial = (V.new_empty(*n, r, r, dtype=torch.float64) for n in ((), (), (), (splits,)))
     again = torch.empty(1, dtype=torch.int32, device=V.device)
+    work = V.new_empty(R + (4 * 64 * 64 if R > 64 else 0), dtype=torch.float64)
     # README.md, "Twice is enough": never short in float64.
     rounding = 8 * K * 2.0**-52
     limit = 2.0**-27 if V.dtype is torch.float32 else -1.0
+    # Or ptxas spills, to leave room for a second program that never comes.
+    registers = {"maxnreg": 255} if _triton.family().startswith("sm") else {}
     with _triton.guard(V):
         for repeat, columns, core, rows in ((False, V, B, programs), (True, Q, second, programs + _cdiv(r, ROWS))):
             kernels.gram_kernel[(splits, side, side)](
@@ -70,11 +73,11 @@ def orthonormal_factor(V):
             )  # fmt: skip
             # Fused, two lanes that hold the same sum would round it differently, and which of them writes it is a race.
             kernels.factor_kernel[(1,)](
-                partial, core, T, again, r, splits, rounding, limit, repeat, R, num_warps=FACTOR_WARPS[R],
-                enable_fp_fusion=False,
+                partial, core, T, again, work, r, splits, rounding, limit, repeat, R, min(R, 64),
+                num_warps=FACTOR_WARPS[R], enable_fp_fusion=False, **registers,
             )  # fmt: skip
             kernels.multiply_kernel[(rows,)](
-                columns, core, Q, B, again, K, r, *columns.stride(), repeat, ROWS, BR, num_warps=4
+                columns, core, Q, B, again, K, r, *columns.stride(), repeat, ROWS, BR, num_warps=4, num_stages=1
             )
     return Q, T, B
 
@@ -86,6 +89,6 @@ def orthonormal_factor_backward(dQ, dT, Q, B):
     with _triton.guard(Q):
         kernels.core_gradient_kernel[(R // 16,)](dT, B, M, r, *B.stride(), R, 16, num_warps=1 if R == 16 else 4)
         kernels.gradient_kernel[(_cdiv(K, ROWS), _cdiv(r, BR))](
-            dQ, Q, B, M, dV, K, r, *dQ.stride(), *Q.stride(), *B.stride(), ROWS, BR, num_warps=4
+            dQ, Q, B, M, dV, K, r, *dQ.stride(), *Q.stride(), *B.stride(), ROWS, BR, num_warps=4, num_stages=1
         )
     return dV

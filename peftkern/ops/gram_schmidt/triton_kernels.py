@@ -50,43 +50,111 @@ def _root_of_inverse(b_x, b_zero):
 
 
 @triton.jit
+def _eliminate(b_w, n, rounding, R: tl.constexpr):
+    """L^-T of a symmetric [R, R] whose first n rows count; rows and columns of pivots up to `rounding` are zero.
+
+    Column k gives pivot k and the multipliers of later columns; above the diagonal of W, where columns were, grows the
+    transposed inverse of the unit triangle.
+    """
+    o_i, o_j = tl.arange(0, R)[:, None], tl.arange(0, R)[None, :]
+    for k in range(0, n):
+        b_row = tl.sum(tl.where(o_i == k, b_w, 0.0), 0)[None, :]
+        b_column = tl.sum(tl.where(o_j == k, b_w, 0.0), 1)[:, None]
+        pivot = tl.sum(tl.where(o_j == k, b_row, 0.0), 1)[:, None]
+        b_f = tl.where((o_j > k) & ((pivot > rounding) | (pivot != pivot)), b_row / pivot, 0.0)
+        b_column = tl.where(o_i == k, 1.0, b_column)
+        b_w = tl.where(o_j > k, tl.where(o_i == k, 0.0, b_w) - b_column * b_f, b_w)
+    b_pivot = tl.sum(tl.where(o_i == o_j, b_w, 0.0), 0)[None, :]
+    b_root = _root_of_inverse(b_pivot, b_pivot <= rounding)
+    return tl.where(o_i < o_j, b_w, tl.where(o_i == o_j, 1.0, 0.0)) * b_root
+
+
+@triton.jit
+def _block(p_g, i, j, r, H: tl.constexpr):
+    """A block of a symmetric [r, r] of which the upper triangle is stored; zeros beyond r."""
+    o_i, o_j = i + tl.arange(0, H)[:, None], j + tl.arange(0, H)[None, :]
+    return tl.load(p_g + tl.minimum(o_i, o_j) * r + tl.maximum(o_i, o_j), mask=(o_i < r) & (o_j < r), other=0.0)
+
+
+@triton.jit
+def _store_block(p_out, b_x, i, j, r, H: tl.constexpr):
+    o_i, o_j = i + tl.arange(0, H)[:, None], j + tl.arange(0, H)[None, :]
+    tl.store(p_out + o_i * r + o_j, b_x, mask=(o_i < r) & (o_j < r))
+
+
+@triton.jit
+def _product(p_a, s_i, s_k, p_b, p_out, H: tl.constexpr):
+    """out = a b, [H, H] each, a with strides; whatever was stored before is seen, and out by whatever comes after."""
+    o_i, o_j = tl.arange(0, 32)[:, None], tl.arange(0, 32)[None, :]
+    tl.debug_barrier()
+    for i in range(0, H, 32):
+        for j in range(0, H, 32):
+            b_out = tl.zeros((32, 32), tl.float64)
+            for k in range(0, H, 32):
+                b_a = tl.load(p_a + (i + o_i) * s_i + (k + o_j) * s_k)
+                b_out = _dot(b_a, tl.load(p_b + (k + o_i) * H + j + o_j), b_out)
+            tl.store(p_out + (i + o_i) * H + j + o_j, b_out)
+    tl.debug_barrier()
+
+
+@triton.jit
 def factor_kernel(
-    p_part, p_b, p_t, p_again, r, splits, rounding, limit,
-    AGAIN: tl.constexpr, R: tl.constexpr,
+    p_part, p_b, p_t, p_again, p_work, r, splits, rounding, limit,
+    AGAIN: tl.constexpr, R: tl.constexpr, H: tl.constexpr,
 ):  # fmt: skip
     """B = D L^-T with L L^T = D G D, D = 1 / ||v||, from the partial sums of G; T = 2 I; 0 in dropped rows and columns.
 
-    One elimination in registers gives pivots and inverse: below the diagonal of W grows the inverse of the unit
-    triangle, above and on it are the rows of the cosines. again: rounding ||L^-1||^2 exceeds the limit.
-    Launch: one program. Bytes: 8 splits r^2 read, of which half is distinct, 16 r^2 written.
+    again: rounding ||L^-1||^2 exceeds the limit. Blocks of H stay in registers; R = 2 H goes by halves:
+    U = B1^T C12, B2 from C22 - U^T U, B12 = -B1 U B2, with work [4, H, H] from L2.
+    Launch: one program. Bytes: 4 splits r^2 + 16 r^2 read, 28 r^2 written, and work.
     """
     if AGAIN:  # noqa: SIM102  (apart: a constant and a value)
         if tl.load(p_again) == 0:
             return
-    o_i, o_j = tl.arange(0, R)[:, None], tl.arange(0, R)[None, :]
-    inside = (o_i < r) & (o_j < r)
-    o = tl.minimum(o_i, o_j) * r + tl.maximum(o_i, o_j)
-    b_w = tl.load(p_part + o, mask=inside, other=0.0)
-    for i in range(1, splits):
-        b_w += tl.load(p_part + i * r * r + o, mask=inside, other=0.0)
-    b_di = tl.sum(tl.where(o_i == o_j, b_w, 0.0), 1)[:, None]
-    b_dj = tl.sum(tl.where(o_i == o_j, b_w, 0.0), 0)[None, :]
-    b_scale = _root_of_inverse(b_dj, b_dj == 0)
-    b_w = b_w * _root_of_inverse(b_di, b_di == 0) * b_scale
-    for k in range(0, r):
-        b_row = tl.sum(tl.where(o_i == k, b_w, 0.0), 0)[None, :]
-        b_column = tl.sum(tl.where(o_j == k, b_w, 0.0), 1)[:, None]
-        pivot = tl.sum(tl.where(o_j == k, b_row, 0.0), 1)[:, None]
-        b_f = tl.where((o_i > k) & ((pivot > rounding) | (pivot != pivot)), b_column / pivot, 0.0)
-        b_row = tl.where(o_j == k, 1.0, b_row)
-        b_w = tl.where(o_i > k, tl.where(o_j == k, 0.0, b_w) - b_f * b_row, b_w)
-    b_pivot = tl.sum(tl.where(o_i == o_j, b_w, 0.0), 1)[:, None]
-    b_inverse = tl.where(o_i > o_j, b_w, tl.where(o_i == o_j, 1.0, 0.0))
-    b_inverse = b_inverse * _root_of_inverse(b_pivot, b_pivot <= rounding)
-    tl.store(p_b + o_j * r + o_i, b_inverse * b_scale, mask=inside)
-    tl.store(p_t + o_i * r + o_j, tl.where((o_i == o_j) & (b_inverse != 0), 2.0, 0.0), mask=inside)
+    p_scale, p_blocks = p_work, p_work + R
+    o_r, o_j = tl.arange(0, R), tl.arange(0, R)[None, :]
+    b_square = tl.load(p_part + o_r * (r + 1), mask=o_r < r, other=0.0)
+    for n in range(1, splits):
+        b_square += tl.load(p_part + n * r * r + o_r * (r + 1), mask=o_r < r, other=0.0)
+    tl.store(p_scale + o_r, _root_of_inverse(b_square, b_square == 0))
+    tl.debug_barrier()
+    # The cosines replace the first share. A few rows at a time, before and after: registers are for blocks of H.
+    for i in range(0, R, 16):
+        o_i = i + tl.arange(0, 16)[:, None]
+        p_g = p_part + o_i * r + o_j
+        upper = (o_i <= o_j) & (o_j < r)
+        b_g = tl.load(p_g, mask=upper, other=0.0)
+        for n in range(1, splits):
+            b_g += tl.load(p_g + n * r * r, mask=upper, other=0.0)
+        b_g = b_g * tl.load(p_scale + o_i + 0 * o_j) * tl.load(p_scale + o_j + 0 * o_i)
+        tl.store(p_g, b_g, mask=upper)
+    tl.debug_barrier()
+    b_first = _eliminate(_block(p_part, 0, 0, r, H), tl.minimum(r, H), rounding, H)
+    _store_block(p_b, b_first, 0, 0, r, H)
+    if R > H:
+        p_first, p_u, p_x, p_y = p_blocks, p_blocks + H * H, p_blocks + 2 * H * H, p_blocks + 3 * H * H
+        o = tl.arange(0, H)[:, None] * H + tl.arange(0, H)[None, :]
+        tl.store(p_first + o, b_first)
+        tl.store(p_x + o, _block(p_part, 0, H, r, H))
+        _product(p_first, 1, H, p_x, p_u, H)
+        _product(p_u, 1, H, p_u, p_y, H)
+        b_second = _eliminate(_block(p_part, H, H, r, H) - tl.load(p_y + o), r - H, rounding, H)
+        _store_block(p_b, b_second, H, H, r, H)
+        tl.store(p_x + o, b_second)
+        _product(p_u, H, 1, p_x, p_y, H)
+        _product(p_first, H, 1, p_y, p_x, H)
+        _store_block(p_b, -tl.load(p_x + o), 0, H, r, H)
+        _store_block(p_b, tl.zeros((H, H), tl.float64), H, 0, r, H)
+    tl.debug_barrier()
+    norm = tl.sum(tl.zeros((R,), tl.float64), 0)
+    for i in range(0, R, 16):
+        o_i = i + tl.arange(0, 16)[:, None]
+        inside = (o_i < r) & (o_j < r)
+        b_x = tl.load(p_b + o_i * r + o_j, mask=inside, other=0.0)
+        norm += tl.sum(tl.sum(b_x * b_x, 1), 0)
+        tl.store(p_b + o_i * r + o_j, b_x * tl.load(p_scale + o_i + 0 * o_j), mask=inside)
+        tl.store(p_t + o_i * r + o_j, tl.where((o_i == o_j) & (b_x != 0), 2.0, 0.0), mask=inside)
     if not AGAIN:
-        norm = tl.sum(tl.sum(tl.where(inside, b_inverse * b_inverse, 0.0), 1), 0)
         tl.store(p_again, tl.where(norm * rounding <= limit, 0, 1))
 
 
