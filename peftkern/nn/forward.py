@@ -109,6 +109,14 @@ def cacheable(chain, cache):
     )
 
 
+def _columns(chain, dtype, cache):
+    """`factor_chain`, with None for a T that the product makes on the way (hh.apply_factor)."""
+    if any(gs for _, gs in chain) or cacheable(chain, cache):
+        return factor_chain(chain, dtype, cache)
+    columns = [u.to(dtype) for u, _ in chain]
+    return columns[0] if len(columns) == 1 else torch.cat(columns, 1), None
+
+
 def _autocasting(x):
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
@@ -163,7 +171,7 @@ def adapted_linear(x, base_layer, chain, precision="auto", cache=None, args=(), 
     weight, _ = readable_weight(base_layer)
     compute = _compute_dtype(x, weight if weight is not None else getattr(base_layer, "weight", None), chain)
     working = torch.float64 if compute is torch.float64 else torch.float32
-    V, T = factor_chain(chain, working, cache)
+    V, T = _columns(chain, working, cache)
     if weight is not None and not args and not kwargs:
         if precision != "fast" and compute in hh.HALF:
             bias = _cast(base_layer.bias, compute)

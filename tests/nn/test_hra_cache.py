@@ -16,14 +16,20 @@ from peftkern.nn.forward import FactorCache, adapted_linear
 
 @pytest.fixture
 def factored(monkeypatch):
-    """The chains that were factored, in order."""
-    calls, original = [], forward._factor_chain
+    """The chains that were factored, in order: by themselves, or by the product on its way."""
+    calls, factor_chain, columns = [], forward._factor_chain, forward._columns
 
     def counting(chain, dtype):
         calls.append(chain)
-        return original(chain, dtype)
+        return factor_chain(chain, dtype)
+
+    def counting_columns(chain, dtype, cache):
+        V, T = columns(chain, dtype, cache)
+        calls.extend([chain] if T is None else [])
+        return V, T
 
     monkeypatch.setattr(forward, "_factor_chain", counting)
+    monkeypatch.setattr(forward, "_columns", counting_columns)
     return calls
 
 

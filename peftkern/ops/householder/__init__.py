@@ -85,17 +85,22 @@ def compose(factors):
     return V, T
 
 
-def apply_factor(x, V, T, reverse=False):
-    """z = x H^T (x H when reversed) for a factor (V, T); x [..., K] float64 exactly when V is. Returns z like x."""
+def apply_factor(x, V, T=None, reverse=False):
+    """z = x H^T (x H when reversed) for a factor (V, T), without T for that of the columns of V (`factor`).
+
+    x [..., K] is float64 exactly when V is. Returns z like x.
+    """
     if _transforms.needs_reference():
-        return reference.rotate(x, V, T, reverse)[0]
-    return autograd.Rotate.apply(x, V, T, reverse)
+        return reference.rotate(x, V, reference.wy_factor(V) if T is None else T, reverse)[0]
+    return autograd.Reflect.apply(x, V, reverse) if T is None else autograd.Rotate.apply(x, V, T, reverse)
 
 
-def apply_factor_linear(x, weight, bias, V, T):
-    """y = x H^T W^T + b in one accumulator, one rounding; x and weight share one dtype. Returns [..., N]."""
+def apply_factor_linear(x, weight, bias, V, T=None):
+    """y = x H^T W^T + b in one accumulator, as `apply_factor`; x and weight share one dtype. Returns [..., N]."""
     if _transforms.needs_reference():
-        return reference.rotated_linear(x, weight, bias, V, T)[0]
+        return reference.rotated_linear(x, weight, bias, V, reference.wy_factor(V) if T is None else T)[0]
+    if T is None:
+        return autograd.ReflectedLinear.apply(x, weight, bias, V)
     return autograd.RotatedLinear.apply(x, weight, bias, V, T)
 
 
@@ -120,7 +125,7 @@ def rotate(x, u, reverse=False):
         _check("rotate", u, x=x)
     dtype = _transforms.working_dtype(x, u)
     rows = x.to(dtype) if dtype is torch.float64 else x
-    return apply_factor(rows, *factor(u, dtype), reverse).to(x.dtype)
+    return apply_factor(rows, u.to(dtype), reverse=reverse).to(x.dtype)
 
 
 def hra_linear(x, weight, bias, u, precision="auto"):
@@ -153,10 +158,10 @@ def hra_linear(x, weight, bias, u, precision="auto"):
                 raise ValueError(
                     f"hra_linear: bias must be {x.dtype} of shape {[weight.shape[0]]}; got {_checks.describe(bias)}"
                 )
-    V, T = factor(u, _transforms.working_dtype(x))
+    V = u.to(_transforms.working_dtype(x))
     if precision == "exact" or (precision == "auto" and x.dtype in HALF):
-        return apply_factor_linear(x, weight, bias, V, T)
-    return torch.nn.functional.linear(apply_factor(x, V, T), weight, bias)
+        return apply_factor_linear(x, weight, bias, V)
+    return torch.nn.functional.linear(apply_factor(x, V), weight, bias)
 
 
 def low_rank_form(weight, u, gram_schmidt=False):

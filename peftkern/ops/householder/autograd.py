@@ -76,6 +76,62 @@ def _rotate_backward(dz, x, V, T, P, reverse, needs_input_grad):
     return dx if mask[0] else None, dV if mask[1] else None, dT if mask[1] else None
 
 
+class Reflect(torch.autograd.Function):
+    """`Rotate` by the factor of V, made on the way: one node of the graph where WYFactor and Rotate are two."""
+
+    @staticmethod
+    def forward(ctx, x, V, reverse):
+        T = _ops.wy_factor(V)
+        z, P = _ops.rotate(x, V, T, reverse)
+        ctx.save_for_backward(x, V, T, P)
+        ctx.reverse = reverse
+        return z
+
+    @staticmethod
+    def backward(ctx, dz):
+        x, V, T, P = ctx.saved_tensors
+        need_x, need_V = ctx.needs_input_grad[:2]
+        T = _factor_again(V, T)
+        dx, dV, dT = _rotate_backward(dz, x, V, T, P, ctx.reverse, (need_x, need_V, need_V))
+        return dx, _through_factor(dV, dT, V, T), None
+
+
+def _factor_again(V, T):
+    """T as a function of V where the backward is differentiated itself."""
+    return reference.wy_factor(V) if _transforms.differentiating_twice() else T
+
+
+def _through_factor(dV, dT, V, T):
+    """dV in total: what reached V and what reached it through T."""
+    if dV is None:
+        return None
+    if _transforms.differentiating_twice():
+        return dV + reference.wy_factor_backward(dT, V, T)
+    return _ops.wy_factor_backward(dT, V, T).add_(dV)
+
+
+def _linear_backward(dy, x, weight, V, T, P, needs_input_grad):
+    """dx, dW, db, dV and dT of y = x H^T W^T + b, None where not needed."""
+    need_x, need_weight, need_bias, need_factor = needs_input_grad
+    dx = dV = dT = dweight = dbias = None
+    if need_x or need_factor:
+        mask = need_x, need_factor
+        if _transforms.differentiating_twice():
+            P = reference.project(x, V)
+            dx, dV, dT = reference.rotated_linear_backward(dy, x, weight, P, V, T, mask)
+        else:
+            dx, dV, dT = _ops.rotated_linear_backward(dy, x, weight, P, V, T, mask)
+        dx, dV, dT = dx if need_x else None, dV if need_factor else None, dT if need_factor else None
+    if need_weight:
+        rotate = reference.rotate if _transforms.differentiating_twice() else _ops.rotate
+        z = rotate(x, V, T, False)[0]
+        with _transforms.no_autocast(dy.device.type):
+            dweight = dy.reshape(-1, dy.shape[-1]).mT @ z.reshape(-1, z.shape[-1])
+    if need_bias:
+        dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
+    return dx, dweight, dbias, dV, dT
+
+
 class RotatedLinear(torch.autograd.Function):
     """y = x H^T W^T + b in one accumulator; saves x, W, V, T and x V, nothing of the size of W beside W itself."""
 
@@ -87,25 +143,26 @@ class RotatedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight, V, T, P = ctx.saved_tensors
         need_x, need_weight, need_bias, need_V, need_T = ctx.needs_input_grad
-        dx = dV = dT = dweight = dbias = None
-        if need_x or need_V or need_T:
-            mask = need_x, need_V or need_T
-            if _transforms.differentiating_twice():
-                P = reference.project(x, V)
-                dx, dV, dT = reference.rotated_linear_backward(dy, x, weight, P, V, T, mask)
-            else:
-                dx, dV, dT = _ops.rotated_linear_backward(dy, x, weight, P, V, T, mask)
-            dx, dV, dT = dx if need_x else None, dV if mask[1] else None, dT if mask[1] else None
-        if need_weight:
-            rotate = reference.rotate if _transforms.differentiating_twice() else _ops.rotate
-            z = rotate(x, V, T, False)[0]
-            with _transforms.no_autocast(dy.device.type):
-                dweight = dy.reshape(-1, dy.shape[-1]).mT @ z.reshape(-1, z.shape[-1])
-        if need_bias:
-            dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
-        return dx, dweight, dbias, dV, dT
+        return _linear_backward(dy, *ctx.saved_tensors, (need_x, need_weight, need_bias, need_V or need_T))
+
+
+class ReflectedLinear(torch.autograd.Function):
+    """`RotatedLinear` by the factor of V, made on the way."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, V):
+        T = _ops.wy_factor(V)
+        y, P = _ops.rotated_linear(x, weight, bias, V, T)
+        ctx.save_for_backward(x, weight, V, T, P)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, V, T, P = ctx.saved_tensors
+        T = _factor_again(V, T)
+        *gradients, dV, dT = _linear_backward(dy, x, weight, V, T, P, ctx.needs_input_grad)
+        return *gradients, _through_factor(dV, dT, V, T)
 
 
 class Project(torch.autograd.Function):
