@@ -41,7 +41,7 @@ class Row:
 
     @property
     def ok(self):
-        """Both errors at most twice PEFT's, or below one rounding of the output's dtype; None without a comparison."""
+        """Both errors at most twice PEFT's, or of the size of roundings; None without a comparison."""
         if self.output_error is None:
             return None
         pairs = ((self.output_error, self.peft_output_error), (self.grad_error, self.peft_grad_error))
@@ -234,9 +234,7 @@ def _replay(name, layer, call):
             u.requires_grad_(True)
         layer.eval()
         y64, grads64 = oracles.run(layer, call, names, parameters)
-        # The oracle's own sums are no more exact than those of a float64 model.
-        roundoff = 1e-12 if call.output.dtype is torch.float64 else torch.finfo(call.output.dtype).eps / 2
-        row = Row(name, tuple(call.x.shape), roundoff=roundoff)
+        row = Row(name, tuple(call.x.shape), roundoff=_floor(call.output.dtype))
         ours, theirs = _arm(layer.forward, call, parameters), _arm(_peft_forward(layer), call, parameters)
         row.output_error, row.grad_error, row.seconds = _judge(ours, y64, grads64)
         try:
@@ -253,6 +251,14 @@ def _replay(name, layer, call):
         for u, flag in zip(parameters, trainable, strict=True):
             u.requires_grad_(flag)
         layer.train(training)
+
+
+def _floor(dtype):
+    """An error that no arm is blamed for: one rounding of the output, a few of the sums behind it.
+
+    The oracle's own sums are no more exact than those of a float64 model.
+    """
+    return 1e-12 if dtype is torch.float64 else max(torch.finfo(dtype).eps / 2, 4 * torch.finfo(torch.float32).eps)
 
 
 def _judge(arm, y64, grads64):
