@@ -46,7 +46,7 @@ def test_linear_is_the_base_layer_with_weight_w_h(backend, dtype, r):
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("precision", ["fast", "exact"])
-def test_linear_with_gram_schmidt_is_the_block_reflection(dtype, precision):
+def test_linear_with_gram_schmidt_is_the_block_reflection(backend, dtype, precision):
     layer = hra_linear((23, 17), dtype, 4, apply_gs=True, precision=precision)
     x, dy = torch.randn(3, 5, 23).to(dtype), torch.randn(3, 5, 17).to(dtype)
     assert_close(gradients(layer, x, dy), true_gradients(layer, x, dy), TOLERANCE[dtype])
