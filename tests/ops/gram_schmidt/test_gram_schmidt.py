@@ -1,5 +1,6 @@
 """Orthonormalised reflections against modified Gram-Schmidt in float64, over the whole range of condition numbers."""
 
+import devices
 import oracle
 import pytest
 import torch
@@ -51,8 +52,9 @@ def test_gradients_equal_those_through_qr(backend):
 def test_gradcheck_and_gradgradcheck(backend):
     x = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
     u = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(rotate, (x, u))
-    assert torch.autograd.gradgradcheck(rotate, (x, u))
+    fast = devices.simulated(backend)
+    assert torch.autograd.gradcheck(rotate, (x, u), fast_mode=fast)
+    assert torch.autograd.gradgradcheck(rotate, (x, u), fast_mode=fast)
 
 
 # In float32 the rotation costs what an orthonormal basis costs, whatever the condition of the columns it came from.
