@@ -171,7 +171,7 @@ class Plugin:
         if hasattr(self.config, "workerinput"):
             return
         if path := self.config.option.levels_record:
-            Path(path).write_text(json.dumps([[*key, 1] for key in claims(self.record.proven())]))
+            Path(path).write_text(json.dumps(sorted(claims(self.record.proven()))))
         if not self.whole():
             return
         if self.config.option.write_levels:

@@ -7,8 +7,6 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-import devices
-
 from . import machine_code
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
@@ -29,8 +27,8 @@ def missing():
     sources = [*CSRC.glob("cuda/*"), CSRC / "bind_cuda.cpp"]
     if any(source.stat().st_mtime > _file().stat().st_mtime for source in sources):
         return "the CUDA library is older than its sources; build it again (make install)"
-    if devices.triton_missing() and not machine_code.tool("cuobjdump"):
-        return "no cuobjdump (the CUDA toolkit or Triton has one)"
+    if not machine_code.tool("cuobjdump") or not machine_code.tool("nvdisasm"):
+        return "no cuobjdump and nvdisasm (the CUDA toolkit and Triton have them)"
     return None
 
 

@@ -1,6 +1,7 @@
 """What compiled code says of itself: registers, spills, shared memory, tensor cores, widest accesses in loops."""
 
 import functools
+import importlib.util
 import json
 import re
 import shutil
@@ -38,11 +39,9 @@ class Figures:
 @functools.cache
 def tool(name):
     """A tool of the CUDA toolkit: from the PATH, or the one that Triton brings; None if there is neither."""
-    found = shutil.which(name)
-    if found is None:
-        import triton
-
-        bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    found, triton = shutil.which(name), importlib.util.find_spec("triton")
+    if found is None and triton is not None:
+        bundled = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / name
         found = str(bundled) if bundled.exists() else None
     return found
 

@@ -95,6 +95,8 @@ def test_triton(request, memory_never_touched, target, name):
 @pytest.mark.parametrize("target", ("sm80", "sm90", "sm100"))
 def test_cuda(request, target):
     found = cuda_library.figures(target)
+    if not found:
+        pytest.skip(f"the CUDA library was not built for {target}")
     lines = [
         f"{kernel}: {line}" for kernel, figures in found.items() for line in cuda_library.broken_rules(kernel, figures)
     ]
