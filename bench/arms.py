@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.cases import Problem
+from bench import rotations
+from bench.cases import Case, Problem
 
 
 class NotAvailable(Exception):
@@ -18,12 +19,15 @@ class NotAvailable(Exception):
 
 @dataclass
 class Arm:
-    """forward maps x to y; u is the trainable adapter (None for the frozen layer), which `set_u` writes in place."""
+    """forward maps x to y; u is the trainable adapter (None for the frozen layer), which `set_u` writes in place.
+
+    others: what is trained beside u (BOFT's output scale)."""
 
     name: str
     forward: Callable[[Tensor], Tensor]
     u: Tensor | None = None
     parameters: list[Tensor] = field(default_factory=list)
+    others: list[Tensor] = field(default_factory=list)
     # Calls that left the accelerated path, and why; None where the arm has no such thing.
     detours: Callable[[], dict[str, int]] | None = None
 
@@ -58,9 +62,11 @@ def is_ours(name: str) -> bool:
     return name in OURS or name.partition("-")[0] in GPU_BACKENDS
 
 
-def names(problem: Problem) -> tuple[str, ...]:
-    """Arms of a case. In fp32 `exact` has nothing to gain and is `fast`."""
-    return tuple(LABELS) if problem.case.half else ("frozen", "peft", "torch", "fast", "auto")
+def names(case: Case) -> tuple[str, ...]:
+    """Arms of a case. In fp32 `exact` has nothing to gain and is `fast`; of OFT and BOFT `auto` is `fast`."""
+    if case.rotates:
+        return ("frozen", "peft", "torch", "auto", *(("exact",) if case.half else ()))
+    return tuple(LABELS) if case.half else ("frozen", "peft", "torch", "fast", "auto")
 
 
 def base_layer(problem: Problem) -> nn.Module:
@@ -92,6 +98,8 @@ def _plain_torch(problem: Problem) -> Arm:
     """
     weight, bias, kind, r = problem.weight, problem.bias, problem.case.kind, problem.case.r
     u = problem.u.clone().requires_grad_(problem.case.trains)
+    if problem.case.rotates:
+        return _plain_rotation(problem, u)
 
     def factors(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         V = u.to(dtype)
@@ -114,6 +122,21 @@ def _plain_torch(problem: Problem) -> Arm:
     return Arm("torch", conv if kind == "conv" else linear, u, [u])
 
 
+def _plain_rotation(problem: Problem, u: Tensor) -> Arm:
+    """The rotation on activations in plain torch calls under autograd: einsum over blocks, index lists for stages."""
+    case, weight, bias = problem.case, problem.weight, problem.bias
+    others = [torch.ones(case.width_out, dtype=u.dtype).requires_grad_()] if case.kind == "boft" else []
+
+    def linear(x: Tensor) -> Tensor:
+        z = rotations.rotate(case, x, u)
+        if not others:
+            return F.linear(z, weight, bias)
+        y = F.linear(z, weight) * others[0].to(x.dtype)
+        return y if bias is None else y + bias
+
+    return Arm("torch", linear, u, [u, *others], others)
+
+
 def _peft_model(problem: Problem) -> nn.Module:
     try:
         import peft
@@ -121,26 +144,41 @@ def _peft_model(problem: Problem) -> nn.Module:
         raise NotAvailable(f"peft cannot be imported ({error})") from None
     case = problem.case
     gram_schmidt = case.kind == "gram_schmidt"
-    config = peft.HRAConfig(
-        r=case.r, target_modules=["layer"], apply_GS=gram_schmidt, init_weights=not gram_schmidt, inference_mode=False
-    )
+    if case.rotates:
+        config = rotations.config(case)
+    else:
+        config = peft.HRAConfig(
+            r=case.r,
+            target_modules=["layer"],
+            apply_GS=gram_schmidt,
+            init_weights=not gram_schmidt,
+            inference_mode=False,
+        )
     model = nn.Module()
     model.layer = base_layer(problem)
     model = peft.get_peft_model(model, config, autocast_adapter_dtype=case.adapter_dtype != case.base_dtype)
     layer = model.base_model.model.layer
-    if layer.hra_u["default"].dtype != case.adapter_dtype:
-        raise NotAvailable(f"PEFT holds the adapter in {layer.hra_u['default'].dtype}, wanted {case.adapter_dtype}")
+    u, _ = _parameters(layer)
+    if u.dtype != case.adapter_dtype:
+        raise NotAvailable(f"PEFT holds the adapter in {u.dtype}, wanted {case.adapter_dtype}")
+    if u.shape != problem.u.shape:
+        raise NotAvailable(f"PEFT has one butterfly factor without its CUDA extension, wanted {case.factors}")
     with torch.no_grad():
-        layer.hra_u["default"].copy_(problem.u)
+        u.copy_(problem.u)
     if not case.trains:
         model.eval().requires_grad_(False)
     return model
 
 
+def _parameters(layer: nn.Module) -> tuple[Tensor, list[Tensor]]:
+    """(u, other trained tensors) of one of PEFT's layers."""
+    return (layer.hra_u["default"], []) if hasattr(layer, "hra_u") else rotations.parameters(layer)
+
+
 def _peft(problem: Problem) -> Arm:
     layer = _peft_model(problem).base_model.model.layer
-    u = layer.hra_u["default"]
-    return Arm("peft", layer, u, [u])
+    u, others = _parameters(layer)
+    return Arm("peft", layer, u, [u, *others], others)
 
 
 def _peftkern(problem: Problem, precision: str) -> Arm:
@@ -151,17 +189,22 @@ def _peftkern(problem: Problem, precision: str) -> Arm:
         accelerate = peftkern.accelerate
     except (ImportError, AttributeError) as error:
         raise NotAvailable(f"peftkern.accelerate cannot be imported ({error})") from None
-    model = _peft_model(problem)
+    if problem.case.factors > 1:
+        peftkern.patch_peft(precision)
+    try:
+        model = _peft_model(problem)
+    finally:
+        peftkern.unpatch_peft()
     report = accelerate(model, precision=precision)
     if not report.replaced:
         raise NotAvailable("; ".join(reason for _, reason in report.skipped) or "accelerate() replaced nothing")
     layer = model.base_model.model.layer
-    u = layer.hra_u["default"]
+    u, others = _parameters(layer)
 
     def detours() -> dict[str, int]:
         return {method: counts["to_peft"] for method, counts in peftkern.stats().items() if counts.get("to_peft")}
 
-    return Arm(precision, layer, u, [u], detours)
+    return Arm(precision, layer, u, [u, *others], others, detours)
 
 
 def build(name: str, problem: Problem) -> Arm:

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
+from bench import rotations
+
 DTYPES = {
     "fp32": (torch.float32, torch.float32),
     "bf16": (torch.bfloat16, torch.bfloat16),
@@ -22,7 +24,8 @@ class Case:
     """One row of the tables.
 
     kind: "linear" (forward + backward), "gram_schmidt" (the same with PEFT's apply_GS=True), "decode" (forward of one
-    token under no_grad) or "conv" (forward + backward of a 3 x 3 convolution, padding 1).
+    token under no_grad), "conv" (forward + backward of a 3 x 3 convolution, padding 1), "oft" or "boft" (forward +
+    backward of a linear layer whose input is rotated in blocks of r, by `factors` butterfly factors).
     width_in, width_out: features, or channels of a convolution. tokens: rows of x; for a convolution batch * image**2.
     """
 
@@ -35,6 +38,7 @@ class Case:
     bias: bool = False
     batch: int = 0
     image: int = 0
+    factors: int = 1
 
     @property
     def base_dtype(self) -> torch.dtype:
@@ -53,10 +57,16 @@ class Case:
         return self.kind != "decode"
 
     @property
+    def rotates(self) -> bool:
+        """An OFT or BOFT layer."""
+        return self.kind in ("oft", "boft")
+
+    @property
     def id(self) -> str:
         shape = f"{self.width_in}x{self.width_out}"
         rows = f"n{self.batch}-{self.image}x{self.image}" if self.kind == "conv" else f"t{self.tokens}"
-        return f"{self.kind}-{shape}-{rows}-r{self.r}-{self.dtype}"
+        size = f"r{self.r}" if not self.rotates else f"b{self.r}" + (f"f{self.factors}" if self.kind == "boft" else "")
+        return f"{self.kind}-{shape}-{rows}-{size}-{self.dtype}"
 
     @property
     def title(self) -> str:
@@ -66,6 +76,9 @@ class Case:
         else:
             rows = f"{self.tokens} token{'s' if self.tokens != 1 else ''}"
         dtype = {"fp32": "fp32", "bf16": "bf16", "bf16+fp32": "bf16 + fp32 adapter"}[self.dtype]
+        if self.rotates:
+            factors = f", {self.factors} factor{'s' if self.factors != 1 else ''}" if self.kind == "boft" else ""
+            return f"{self.kind.upper()}, {shape}, {rows}, blocks of {self.r}{factors}, {dtype}"
         return f"{shape}, {rows}, r {self.r}, {dtype}"
 
     def fields(self) -> dict[str, object]:
@@ -93,6 +106,19 @@ TABLE = [
     _linear(768, 512, 8, "bf16+fp32"),
     _linear(4096, 2048, 32, "bf16+fp32"),
 ]
+
+
+def _rotation(kind: str, width: int, tokens: int, b: int, dtype: str, factors: int = 1) -> Case:
+    return Case(kind, width, width, tokens, b, dtype, bias=width == 768, factors=factors)
+
+
+ROTATIONS = [
+    *(_rotation("oft", 2048, 1024, 32, dtype) for dtype in ("fp32", "bf16+fp32")),
+    _rotation("oft", 768, 512, 32, "bf16+fp32"),
+    *(_rotation("boft", 2048, 1024, 8, dtype) for dtype in ("fp32", "bf16+fp32")),
+    _rotation("boft", 768, 512, 8, "bf16+fp32"),
+    *(_rotation("boft", 2048, 1024, 8, dtype, factors=4) for dtype in ("fp32", "bf16+fp32")),
+]
 QUICK_EXTRAS = [_linear(2048, 1, 8, "bf16+fp32", "decode")]
 
 _LINEAR = [
@@ -113,14 +139,15 @@ _CONV = [
 ]
 
 SETS = {
-    "quick": TABLE + QUICK_EXTRAS,
-    "full": TABLE + [case for case in _LINEAR + _GRAM_SCHMIDT + _DECODE + _CONV if case not in TABLE],
+    "quick": TABLE + QUICK_EXTRAS + ROTATIONS,
+    "rotations": ROTATIONS,
+    "full": TABLE + ROTATIONS + [case for case in _LINEAR + _GRAM_SCHMIDT + _DECODE + _CONV if case not in TABLE],
 }
 
 
 @dataclass
 class Problem:
-    """The tensors all arms of a case share: x and grad_y in the base dtype, u [K, r] in the adapter dtype.
+    """The tensors all arms of a case share: x and grad_y in the base dtype, u in the adapter dtype ([K, r] of HRA).
 
     The weight is one tensor for every arm, so that no arm finds it colder than another.
     """
@@ -151,7 +178,9 @@ def make_problem(case: Case, seed: int = 0, device: str = "cpu") -> Problem:
         grad_y = normal(case.tokens, case.width_out)
     bias = normal(case.width_out) if case.bias else None
 
-    if case.kind == "gram_schmidt":
+    if case.rotates:
+        u = rotations.SIZE[case.kind] * normal(*rotations.adapter_shape(case))
+    elif case.kind == "gram_schmidt":
         u = normal(K, case.r)
     else:
         u = normal(K, case.r // 2).repeat_interleave(2, dim=1) + TRAINED_PAIR_GAP * normal(K, case.r)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench import environment
-from bench.arms import LABELS
+from bench.arms import LABELS, names
 from bench.cases import SETS
 from bench.row import Row, measure_row
 
@@ -38,7 +38,7 @@ def pytest_generate_tests(metafunc):
     if unknown:
         raise pytest.UsageError(f"--bench-case {sorted(unknown)[0]!r}: no such case; the cases are {', '.join(CASES)}")
     cases = [CASES[name] for name in wanted] if wanted else SETS[metafunc.config.getoption("--bench-set")]
-    pairs = [(case.id, arm) for case in cases for arm in LABELS if case.half or arm != "exact"]
+    pairs = [(case.id, arm) for case in cases for arm in names(case)]
     metafunc.parametrize(("row", "arm"), pairs, indirect=["row"], ids=[f"{case}-{arm}" for case, arm in pairs])
 
 
@@ -112,8 +112,8 @@ def pytest_terminal_summary(terminalreporter, config):
         return
     terminalreporter.section("overhead over the frozen layer (median of the rounds' ratios; frozen layer = 1.00)")
     width = max(len(row.case.title) for row in rows)
-    heads = [name for name in LABELS if name != "frozen"]
-    terminalreporter.write_line(" " * (width + len("gram_schmidt") + 2) + "".join(f"{name:>9}" for name in heads))
+    heads = [arm for arm in LABELS if arm != "frozen"]
+    terminalreporter.write_line(" " * (width + len("gram_schmidt") + 2) + "".join(f"{arm:>9}" for arm in heads))
     for row in rows:
         cells = []
         for name in heads:

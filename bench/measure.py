@@ -26,7 +26,7 @@ def step(arm: Arm, problem: Problem) -> tuple[Tensor, ...]:
         with torch.no_grad():
             return (arm.forward(problem.x),)
     y = arm.forward(problem.x)
-    wanted = (problem.x,) if arm.u is None else (problem.x, arm.u)
+    wanted = (problem.x,) if arm.u is None else (problem.x, arm.u, *arm.others)
     return y, *torch.autograd.grad(y, wanted, problem.grad_y)
 
 
@@ -199,8 +199,8 @@ def errors(result: tuple[Tensor, ...], truth: Truth) -> dict[str, float]:
 
 
 def baseline_of(case: Case) -> str:
-    """The arm whose error is the yardstick: plain torch in the same dtype; in mixed dtypes PEFT's own path."""
-    return "peft" if case.dtype == "bf16+fp32" else "torch"
+    """The arm whose error is the yardstick: plain torch in the same dtype; in mixed dtypes PEFT's own path if any."""
+    return "peft" if case.dtype == "bf16+fp32" and case.factors == 1 else "torch"
 
 
 # ---- small updates

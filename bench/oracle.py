@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench import rotations
 from bench.cases import Problem
 
 
@@ -92,6 +93,8 @@ def _conv(problem: Problem) -> Truth:
 
 def truth(problem: Problem) -> Truth:
     """The float64 result for the tensors of `problem`, exactly as rounded to their dtypes."""
+    if problem.case.rotates:
+        return Truth(*rotations.truth(problem))
     with torch.set_grad_enabled(problem.case.kind in ("gram_schmidt", "conv")):
         return {"linear": _linear, "decode": _linear, "gram_schmidt": _gram_schmidt, "conv": _conv}[problem.case.kind](
             problem

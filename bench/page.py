@@ -268,6 +268,8 @@ def render(result: Result) -> str:
         ("gram_schmidt", "HRA with Gram-Schmidt", "PEFT's <code>apply_GS=True</code>, forward + backward."),
         ("conv", "HRA on convolutions", "3 x 3, padding 1, forward + backward."),
         ("decode", "One-token decoding", "Forward under <code>no_grad</code> with a frozen adapter."),
+        ("oft", "OFT", "Blocks of the input rotated, forward + backward."),
+        ("boft", "BOFT", "The input through a butterfly, forward + backward; PEFT alone has one factor."),
     ):
         if result.of_kind(kind):
             sections.append(markup.section(title, text, plots.overhead(result.of_kind(kind), title)))
@@ -279,6 +281,8 @@ def render(result: Result) -> str:
             ("gram_schmidt", "Gram-Schmidt"),
             ("conv", "Convolutions"),
             ("decode", "One-token decoding"),
+            ("oft", "OFT"),
+            ("boft", "BOFT"),
         )
         if result.of_kind(kind)
     )

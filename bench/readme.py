@@ -45,8 +45,12 @@ def block(result: Result) -> str:
         "the last two columns are what it keeps in memory for backward:",
         "",
     ]
-    rows = []
+    rows, rotated = [], []
     for case in result.table():
+        if case.case["kind"] in ("oft", "boft"):
+            cells = [_measured(case, arm) for arm in ("peft", "torch", "auto", "exact")]
+            rotated.append([case.case["title"], *cells, _saved(case, "peft"), _saved(case, "auto")])
+            continue
         title = case.case["title"]
         if case.case["kind"] == "decode":
             title = title.replace("1 token", "1 token, forward only")
@@ -54,6 +58,10 @@ def block(result: Result) -> str:
         rows.append([title, *cells, _saved(case, "peft"), _saved(case, "auto")])
     head = ["layer", "PEFT", "plain torch", "peftkern `fast`", "peftkern `auto`", "PEFT keeps", "peftkern keeps"]
     lines += _table(head, rows)
+    if rotated:
+        lines += ["", "One OFT or BOFT layer, in the same way (`auto` is `fast` here; PEFT has no second factor):", ""]
+        head = ["layer", "PEFT", "plain torch", "peftkern `auto`", "peftkern `exact`", "PEFT keeps", "peftkern keeps"]
+        lines += _table(head, rotated)
 
     gains = result.cases.get(GAIN_CASE)
     if gains and any("gain" in entry.info for entry in gains.arms.values()):

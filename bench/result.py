@@ -58,9 +58,16 @@ class CaseResult:
         return TARGETS["overhead"].get(self.case["id"], {}).get(arm)
 
     def saved_target(self) -> int | None:
-        """O(tokens r) + O(width r) in bytes; None where the case keeps nothing for backward."""
+        """O(tokens r) + O(width r) in bytes; None where the case keeps nothing for backward.
+
+        OFT and BOFT: the blocks, and the output that BOFT's trained scale multiplies.
+        """
         if self.case["kind"] == "decode":
             return None
+        if self.case["kind"] in ("oft", "boft"):
+            blocks = 16 * self.case["width_in"] * self.case["r"] * self.case["factors"]
+            output = self.case["tokens"] * self.case["width_out"] * (4 if self.case["dtype"] == "fp32" else 2)
+            return blocks + (output if self.case["kind"] == "boft" else 0)
         width = self.case["width_in"] * (9 if self.case["kind"] == "conv" else 1)
         factor = TARGETS["saved_bytes_per_entry_of_tokens_by_r_and_width_by_r"]
         return factor * self.case["r"] * (self.case["tokens"] + width)

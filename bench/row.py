@@ -64,7 +64,7 @@ def _first_run(arm: Arm, problem: Problem, reference: Truth) -> tuple[dict[str, 
     fields: dict[str, object] = {}
     if problem.case.trains:
         y, saved = measure.saved_for_backward(lambda: arm.forward(problem.x), arm.parameters, problem.x)
-        wanted = (problem.x,) if arm.u is None else (problem.x, arm.u)
+        wanted = (problem.x,) if arm.u is None else (problem.x, arm.u, *arm.others)
         result = (y, *torch.autograd.grad(y, wanted, problem.grad_y))
         fields = {
             "saved_bytes": saved.bytes,
@@ -96,7 +96,7 @@ def measure_row(case: Case, seconds: float) -> Row:
     built: dict[str, Arm] = {}
     found: dict[str, dict[str, float]] = {}
     cost: dict[str, float] = {}
-    for name in contenders.names(problem):
+    for name in contenders.names(case):
         try:
             arm = contenders.build(name, problem)
         except NotAvailable as reason:

@@ -2,6 +2,7 @@
 
 import random
 
+from bench.arms import names
 from bench.cases import SETS
 
 SURROUNDINGS = {
@@ -42,7 +43,8 @@ def row(case, arm, wobble=1.0):
         info["error"] = {"y": 1e-3, "dx": 1e-3, "du": 2e-3}
         info["error_ratio"] = {"y": 1.0, "dx": 1.4, "du": 0.9}
     if case.trains:
-        kept = {"frozen": 0, "peft": 44 * case.width_in**2}.get(arm, 8 * case.r * case.tokens)
+        own = 8 * case.r * (case.width_in if case.rotates else case.tokens)
+        kept = {"frozen": 0, "peft": 44 * case.width_in**2}.get(arm, own)
         info.update(saved_bytes=kept, saved_beyond_frozen_bytes=kept, saved_outside_hooks_bytes=0)
         info["saved_x_bytes"] = 0 if arm == "frozen" else 2 * case.tokens * case.width_in
     if case.half and case.kind == "linear" and arm != "frozen":
@@ -56,7 +58,7 @@ def result(which="quick", seed=0):
     rows = []
     for case in SETS[which]:
         wobble = noise.uniform(0.7, 1.6)
-        rows += [row(case, arm, wobble) for arm in TIMES if case.half or arm != "exact"]
+        rows += [row(case, arm, wobble) for arm in names(case)]
     imported = {"kind": "import", "id": "import", "title": "import peftkern"}
     rows.append({"name": "test_import", "extra_info": {"case": imported, **SURROUNDINGS}, "stats": {"median": 0.02}})
     return {"datetime": "2026-01-02T03:04:05", "benchmarks": rows}
