@@ -1,6 +1,7 @@
 """The kernels of the CUDA library as it was built, by architecture."""
 
 import functools
+import importlib
 import importlib.util
 import re
 import subprocess
@@ -30,6 +31,12 @@ def missing():
     if not machine_code.tool("cuobjdump") or not machine_code.tool("nvdisasm"):
         return "no cuobjdump and nvdisasm (the CUDA toolkit and Triton have them)"
     return None
+
+
+def version():
+    """Version of the CUDA that compiled the library."""
+    number = importlib.import_module("peftkern._native_cuda").runtime_version()
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 # Kernels that must use tensor cores, by the opcode, and those whose loops must move 16 bytes per lane and access.

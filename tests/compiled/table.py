@@ -5,12 +5,24 @@ import json
 from pathlib import Path
 
 FILE = Path(__file__).with_name("table.json")
-# Triton 3.6 to 3.9 and nvcc's releases differ by up to 9 registers in one kernel and pad shared memory differently.
+# Patch releases of a compiler differ by up to 9 registers in one kernel and pad shared memory differently. Minor
+# releases differ by more (Triton 3.6 and 3.9: 24 registers, 8 KB, another number of variants), so each is held to the
+# rules of cases.py, and to the table only if it wrote it.
 REGISTERS, SHARED = 16, 2048
 
 
 def read():
     return json.loads(FILE.read_text()) if FILE.exists() else {}
+
+
+def minor(version):
+    """ "3.9.0" -> "3.9"."""
+    return ".".join(version.split(".")[:2])
+
+
+def written_by(compiler, version):
+    """Whether this version of a compiler wrote its part of the table."""
+    return read().get("compilers", {}).get(compiler) == minor(version)
 
 
 def worse(row, now):
@@ -29,11 +41,12 @@ def worse(row, now):
     return lines
 
 
-def write(compiler, target, name, rows):
+def write(compiler, version, target, name, rows):
     """Put the rows {kernel: figures} of one case into the table, whatever other processes write."""
     with open(FILE.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         table = read()
+        table.setdefault("compilers", {})[compiler] = minor(version)
         table.setdefault(compiler, {}).setdefault(target, {})[name] = rows
         FILE.write_text(_dumped(table))
     FILE.with_suffix(".lock").unlink(missing_ok=True)

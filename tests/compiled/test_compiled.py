@@ -1,5 +1,7 @@
 """Level 3: what real layers launch, compiled for every architecture, does not spill, fits and uses what it names."""
 
+from importlib.metadata import version
+
 import devices
 import levels
 import pytest
@@ -41,11 +43,13 @@ def broken_rules(target, kernel, figures, many_rows=True):
     return lines
 
 
-def judge(request, compiler, target, name, found):
-    """Hold {kernel: figures} to the table, or write it there."""
+def judge(request, compiler, version, target, name, found):
+    """Hold {kernel: figures} to the table, if this version of the compiler wrote it, or write it there."""
     rows = {kernel: figures.row() for kernel, figures in found.items()}
     if request.config.option.write_compiled:
-        table.write(compiler, target, name, rows)
+        table.write(compiler, version, target, name, rows)
+        return []
+    if not table.written_by(compiler, version):
         return []
     committed = table.read().get(compiler, {}).get(target, {}).get(name)
     if committed is None:
@@ -60,12 +64,16 @@ def judge(request, compiler, target, name, found):
 
 
 def triton_params():
+    old = not devices.triton_missing() and table.minor(version("triton")) == "3.6"
     for target in driver.TARGETS:
         for name in cases.CASES:
             marks = [pytest.mark.xdist_group(f"compiled {target}")]
             marks += [] if name in cases.FIRST else [pytest.mark.slow]
             if reason := cases.KNOWN.get(f"{target} {name}"):
                 marks.append(pytest.mark.xfail(reason=reason, raises=BrokenRules, strict=True))
+            elif target == "sm100" and old:
+                reason = "Triton 3.6 takes no float64 product to sm_100's tensor cores, and spills instead"
+                marks.append(pytest.mark.xfail(reason=reason, raises=BrokenRules, strict=False))
             yield pytest.param(target, name, marks=marks, id=f"{target}-{name}")
 
 
@@ -84,7 +92,7 @@ def test_triton(request, memory_never_touched, target, name):
     lines = [
         f"{label}: {line}" for label, f in found.items() for line in broken_rules(target, label.split()[0], f, many)
     ]
-    different = judge(request, "triton", target, name, found)
+    different = judge(request, "triton", version("triton"), target, name, found)
     levels.proves(request.node, 3, "triton", [op])
     assert not different, "\n".join(different)
     if lines:
@@ -100,7 +108,7 @@ def test_cuda(request, target):
     lines = [
         f"{kernel}: {line}" for kernel, figures in found.items() for line in cuda_library.broken_rules(kernel, figures)
     ]
-    lines += judge(request, "cuda", target, "library", found)
+    lines += judge(request, "cuda", cuda_library.version(), target, "library", found)
     operations = [name for name, operation in peftkern.operations().items() if operation.backend("cuda")[0]]
     levels.proves(request.node, 3, "cuda", operations)
     assert not lines, "\n".join(lines)
