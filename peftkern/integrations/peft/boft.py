@@ -138,6 +138,7 @@ class Accelerated(shared.Accelerated):
     @torch.no_grad()
     def _multiply_weight(self, name, inverse, check_finite):
         """W <- s W R^T, or W <- (W / s) R."""
+        shared.unpack(self.get_base_layer())
         weight = self.get_base_weight()
         wide = torch.float64 in (weight.dtype, self.boft_R[name].dtype)
         dtype = torch.float64 if wide else torch.float32

@@ -16,6 +16,16 @@ def is_quantised(base_layer):
     return type(weight).__module__.startswith("torchao")
 
 
+def unpack(base_layer):
+    """Undo what bitsandbytes does to a 4-bit weight for its CPU kernel, in evaluation, and then dequantises wrongly.
+
+    It unpacks the weight where it saves it.
+    """
+    quant_state = getattr(getattr(base_layer, "weight", None), "quant_state", None)
+    if getattr(quant_state, "packing_format_for_cpu", False):
+        base_layer.state_dict()
+
+
 def patch_size(base_layer):
     """The length of what is rotated: in_features, the Cin kh kw of a convolution, the width of an embedding."""
     if isinstance(base_layer, torch.nn.Conv2d):

@@ -101,6 +101,7 @@ class Accelerated(shared.Accelerated):
     @torch.no_grad()
     def _multiply_weight(self, name, inverse, check_finite):
         """W <- W R^T over the rows of the base weight, or with the inverse blocks."""
+        shared.unpack(self.get_base_layer())
         weight = self.get_base_weight()
         wide = torch.float64 in (weight.dtype, self._adapters[name].weight.dtype)
         dtype = torch.float64 if wide else torch.float32

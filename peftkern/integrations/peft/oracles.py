@@ -5,6 +5,8 @@ import copy
 import torch
 import torch.nn.functional as F
 
+from peftkern.integrations.peft.layer import unpack
+
 
 def run(layer, call, names, parameters):
     """Output and adapter gradients in float64 of a recorded call, for the active adapters `names`.
@@ -25,6 +27,7 @@ def _readable(base_layer):
     """The weight [N, K]; PEFT's dequantize_module_weight would replace the parameter of an 8-bit layer on the CPU."""
     from peft.utils.integrations import dequantize_bnb_weight, get_bnb_param_type
 
+    unpack(base_layer)
     weight = base_layer.weight
     return dequantize_bnb_weight(weight, getattr(base_layer, "state", None)) if get_bnb_param_type(weight) else weight
 

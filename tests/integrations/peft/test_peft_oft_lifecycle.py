@@ -419,6 +419,20 @@ def test_a_quantised_base_gives_pefts_output_gradients_and_merged_weight(method,
     assert relative(fast(x), outputs[1]) < 0.2
 
 
+@torch.no_grad()
+@BOTH
+def test_a_4_bit_weight_that_was_packed_for_evaluation_merges_right(method, no_fbd):
+    torch.manual_seed(1)
+    model = get_peft_model(nn.Sequential(_quantised("4 bit")), MAKE[method](target_modules=["0"])).eval()
+    peftkern.accelerate(model)
+    x = torch.randn(40, 64)
+    y = model(x)
+    model.merge_adapter()
+    assert relative(model(x), y) < 0.2
+    model.unmerge_adapter()
+    assert relative(model(x), y) < 0.2
+
+
 @pytest.mark.parametrize("base", [BOFTConfig, OFTConfig])
 def test_default_initialisation_leaves_the_output_of_the_base_model(base, no_fbd):
     net = Net().double()
