@@ -122,6 +122,17 @@ def pytest_configure(config):
     config.pluginmanager.register(levels.Plugin(config))
 
 
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["big"] = session.config.stash.get(TOO_BIG, 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """Every worker of xdist collects all tests."""
+    node.config.stash[TOO_BIG] = getattr(node, "workeroutput", {}).get("big", 0)
+
+
 def pytest_terminal_summary(terminalreporter):
     if count := terminalreporter.config.stash.get(TOO_BIG, 0):
         terminalreporter.write_line(f"{count} tests marked big were left out: they need a device for triton and cuda")
