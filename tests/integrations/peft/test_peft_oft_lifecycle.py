@@ -193,6 +193,43 @@ def test_sizes_that_do_not_fit_are_refused_in_a_sentence(options, message, unpat
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "geometry", [{"kernel_size": (1, 3)}, {"kernel_size": 3, "dilation": 2, "padding": (2, 1)}], ids=str
+)
+def test_boft_convolutions_that_peft_gets_wrong_are_their_merged_weight(geometry, unpatched):
+    peftkern.patch_peft()
+    config = boft(target_modules=["0"], boft_block_size=2, boft_n_butterfly_factor=2)
+    model = get_peft_model(nn.Sequential(nn.Conv2d(4, 6, **geometry)).double(), config)
+    x = torch.randn(2, 4, 9, 8, dtype=torch.float64)
+    y = model(x)
+    model.merge_adapter()
+    assert relative(model(x), y) < 1e-13
+    assert y.shape == model.base_model.model[0].base_layer(x).shape
+
+
+@BOTH
+def test_a_merged_and_unloaded_model_is_the_adapted_one_and_a_copied_one_too(method, no_fbd):
+    _, fast = pair(MAKE[method]())
+    x = inputs()
+    y = fast(x)
+    copied = copy.deepcopy(fast)
+    assert torch.equal(copied(x), y)
+    assert copied.base_model.model.a.peftkern_cache is not fast.base_model.model.a.peftkern_cache
+    merged = copied.merge_and_unload(safe_merge=True)
+    assert type(merged.a) is nn.Linear and relative(merged(x), y) < 1e-13
+
+
+@BOTH
+def test_an_adapter_loads_with_little_memory_into_a_patched_model(method, unpatched, no_fbd, tmp_path):
+    _, fast = pair(MAKE[method](), dtype=torch.float32)
+    fast.save_pretrained(tmp_path)
+    peftkern.patch_peft()
+    torch.manual_seed(1)
+    loaded = PeftModel.from_pretrained(Net(), tmp_path, low_cpu_mem_usage=True)
+    x = inputs(torch.float32)
+    assert isinstance(loaded.base_model.model.a, Accelerated) and torch.equal(loaded(x), fast(x))
+
+
 # PEFT's OFT convolution
 
 
