@@ -154,7 +154,12 @@ def adapted_linear(kind, x, base_layer, chain, scale=None, precision="auto", cac
             return y if scale is None else bf.scale_outputs(y, scale, bias)
     rows = x if autocasting and compute is not torch.float64 else x.to(compute)
     y = base_layer(forward._for_base(_rotate(kind, rows, Rs), base_layer), *args, **(kwargs or {}))
-    return y if scale is None else bf.scale_outputs(y, scale, forward._cast(base_layer.bias, y.dtype))
+    return y if scale is None else bf.scale_outputs(y, scale, forward._cast(_whole(base_layer.bias), y.dtype))
+
+
+def _whole(bias):
+    """The bias of a base layer that is a sharded unit of its own and has been sharded again after its forward."""
+    return bias.full_tensor() if hasattr(bias, "full_tensor") else bias
 
 
 def adapted_embedding(kind, x, base_layer, chain, cache=None, args=(), kwargs=None):

@@ -7,12 +7,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from peft import get_peft_model
+from peft.tuners.boft import layer as boft_layer
 from peft_models import Net, config, inputs, relative
+from rotation_models import boft, oft
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import peftkern
-from peftkern.integrations.peft.hra import Accelerated
+from peftkern.integrations.peft.layer import Accelerated
 
 
 def _ddp(model):
@@ -36,31 +38,41 @@ WRAPPERS = {
 }
 
 
-def _work(rank, port):
+CONFIGS = {"hra": config, "oft": oft, "boft": boft}
+
+
+def _parameters(layer):
+    return [tensor for *_, tensor in layer.adapter_tensors()]
+
+
+def _work(rank, port, method):
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    boft_layer.get_fbd_cuda = lambda: None
     x = inputs(rows=(8,))
     for name, wrap in WRAPPERS.items():
         torch.manual_seed(0)
-        model = get_peft_model(Net().double(), config())
+        model = get_peft_model(Net().double(), CONFIGS[method]())
         alone = copy.deepcopy(model)
         peftkern.accelerate(model)
         wrapped = wrap(model)
         wrapped(x[4 * rank : 4 * rank + 4]).square().mean().backward()
         alone(x).square().mean().backward()
         for part in "ab":
-            layer = getattr(model.base_model.model, part)
-            grad = layer.hra_u["default"].grad
-            grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+            layer, other = (getattr(m.base_model.model, part) for m in (model, alone))
             assert isinstance(layer, Accelerated)
-            assert relative(grad, getattr(alone.base_model.model, part).hra_u["default"].grad) < 1e-12, name
+            peftkern.accelerate(other)
+            for ours, theirs in zip(_parameters(layer), _parameters(other), strict=True):
+                grad = ours.grad.full_tensor() if hasattr(ours.grad, "full_tensor") else ours.grad
+                assert relative(grad, theirs.grad) < 1e-12, name
         report = peftkern.accelerate(model, precision="fast")
         assert len(report.replaced) == 2 and not report.skipped, name
     dist.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_gradients_of_two_processes_are_those_of_one_under_ddp_and_fsdp():
+@pytest.mark.parametrize("method", CONFIGS)
+def test_gradients_of_two_processes_are_those_of_one_under_ddp_and_fsdp(method):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_work, (port,), nprocs=2)
+    torch.multiprocessing.spawn(_work, (port, method), nprocs=2)
