@@ -88,9 +88,6 @@ class BOFTCache(forward.FactorCache):
         return _rotations(BOFT, chain, dtype)
 
 
-CACHES = {"OFT": OFTCache, "BOFT": BOFTCache}
-
-
 def rotations(kind, chain, dtype, cache=None):
     """[R, ...] in the order in which they meet x, in dtype (float32 or float64)."""
     dropping = kind is BOFT and any(p for _, p in chain)
