@@ -317,10 +317,10 @@ BAD_CALLS = {
         "P must be .*\\[M, r\\]; got .*\\[2, 2\\]",
     ),
     "dT": (lambda: ops.wy_factor_backward(T[:1], u, T), ValueError, "wy_factor_backward: dT must be like T"),
-    "dT, projector": (
-        lambda: ops.projector_factor_backward(T[:1], u, T),
+    "dT, Gram-Schmidt": (
+        lambda: ops.orthonormal_factor_backward(u, T[:1], u, T),
         ValueError,
-        "projector_.*: dT must be like T",
+        "orthonormal_factor_backward: dT must be",
     ),
     "weight": (
         lambda: ops.rotated_linear(x, W.half(), None, u, T),

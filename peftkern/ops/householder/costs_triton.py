@@ -157,12 +157,10 @@ def _linear_backward(family, dtype, M, N, K, r, tile):
     splits = _over(tiles_m, per_program)
     # The last program takes as many tiles as the others, if only to find no rows in them.
     tiles_m = splits * per_program
-    terms = tiles.dx_terms(K, r)
+    terms = tiles.dx_terms(dtype, K, r)
     read = tiles_k * M * (N * s + 12 * R) + tiles_m * K * (N * s + 2 * R * terms) + M * K * s
     written, area = M * K * s + 4 * splits * K * r, tiles_m * tile.rows * tiles_k * tile.cols
-    # Eight warps share the 64 columns of dV by computing them twice.
-    of_dV = (_PRODUCTS[3] + _PRODUCTS[_TERMS[dtype]]) * (2 if tile.warps == 8 and tile.cols == 64 else 1)
-    products = _OF_TERMS[terms] + of_dV
+    products = _OF_TERMS[terms] + _PRODUCTS[3] + _PRODUCTS[_TERMS[dtype]]
     flops = {"tensor_bf16": 2 * area * R * products}
     flops[_KINDS[dtype]] = flops.get(_KINDS[dtype], 0) + 2 * area * _padded(N, tile.depth)
     unique = (M * N + N * K + M * K) * s + 12 * M * R + 2 * terms * K * R + written

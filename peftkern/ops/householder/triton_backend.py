@@ -343,9 +343,9 @@ def _linear_backward(dy, W, x, S, R_terms, V_terms, dx, r, tile):
     _kernels().linear_backward_kernel[(programs * columns,)](
         dy_rows, W_rows, rows, S if S is not None else R_terms, R_terms, V_terms, dx if dx is not None else rows,
         partial if partial is not None else R_terms, M, N, K, r, dy_stride, W_stride, stride, R_terms.stride(0),
-        V_terms.stride(0), row_tiles, dx is not None, S is not None, _TERMS[rows.dtype], 3, tiles.dx_terms(K, r), R,
-        tile.rows, tile.cols, tile.depth, tiles.GROUP, _aligned(K, N, stride, dy_stride, W_stride), tile.stages,
-        num_warps=tile.warps, num_stages=tile.stages,
+        V_terms.stride(0), row_tiles, dx is not None, S is not None, _TERMS[rows.dtype], 3,
+        tiles.dx_terms(rows.dtype, K, r), R, tile.rows, tile.cols, tile.depth, tiles.GROUP,
+        _aligned(K, N, stride, dy_stride, W_stride), tile.stages, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return partial
 

@@ -87,14 +87,10 @@ def linear(family, M, R, with_bias):
 def linear_backward(family, M, R):
     """rows of dy, columns of W, N per step; None where the library's product and more passes are the better way.
 
-    The tail keeps dz and its terms in registers: wider tiles than these spill, and narrower ones read L2 too often.
+    The tail keeps dz and its terms in registers: tiles of 64 rows and more spill, or read L2 too often.
     """
-    if family not in _FUSED or R >= 64:
-        return None
     small = _row_bucket(M, 64)
-    if small < 64:
-        return Tile(small, 64, 32, 4, 2)
-    return Tile(128, 64, 32, 8, 4) if family == "sm80" else Tile(64, 64, 32, 4, 3)
+    return Tile(small, 64, 32, 4, 2) if family in _FUSED and R < 64 and small < 64 else None
 
 
 def row_tiles(family, tiles_m, tiles_k):
@@ -102,12 +98,12 @@ def row_tiles(family, tiles_m, tiles_k):
     return max(1, min(8, tiles_m * tiles_k // (2 * _PROGRAMS[family])))
 
 
-def dx_terms(K, r):
-    """Terms of the two factors of R V^T in dx, which is rounded to half precision.
+def dx_terms(x_dtype, K, r):
+    """Terms (bfloat16) of the two factors of R V^T in dx, which is rounded to x's dtype, half precision.
 
-    One adds at most 4 r / K of the variance of that rounding; where that is not small, two add nothing.
+    One adds at most 4 r / K of the variance of a rounding to bfloat16; where that is not small, or for float16, two.
     """
-    return 1 if 32 * r <= K else 2
+    return 1 if x_dtype is torch.bfloat16 and 32 * r <= K else 2
 
 
 GROUP = 8
