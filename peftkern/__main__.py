@@ -15,7 +15,7 @@ from peftkern import _native, _versions
 FEATURES = """avx2 fma f16c avx512f avx512bw avx512vl avx512_bf16 avx512_fp16 amx_tile amx_bf16 amx_int8
 asimd asimdhp bf16 sve i8mm"""
 WIDTH = 118
-LEVELS = """Proven by tests (0 formulas, 1 C++, 2 Triton interpreted, 3 compiled, 4 PTX executed on the CPU, 5 on a GPU)"""
+LEVELS = "Proven by tests (0 formulas, 1 C++, 2 Triton interpreted, 3 compiled, 4 PTX executed on the CPU, 5 on a GPU)"
 
 
 def _read(path):
