@@ -119,7 +119,11 @@ ROTATIONS = [
     _rotation("boft", 768, 512, 8, "bf16+fp32"),
     *(_rotation("boft", 2048, 1024, 8, dtype, factors=4) for dtype in ("fp32", "bf16+fp32")),
 ]
-QUICK_EXTRAS = [_linear(2048, 1, 8, "bf16+fp32", "decode")]
+GRAM_SCHMIDT = [
+    *(_linear(2048, 1024, 8, dtype, "gram_schmidt") for dtype in DTYPES),
+    _linear(768, 512, 8, "bf16+fp32", "gram_schmidt"),
+]
+QUICK_EXTRAS = [_linear(2048, 1, 8, "bf16+fp32", "decode"), *GRAM_SCHMIDT]
 
 _LINEAR = [
     _linear(width, tokens, r, dtype)

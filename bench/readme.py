@@ -54,6 +54,8 @@ def block(result: Result) -> str:
         title = case.case["title"]
         if case.case["kind"] == "decode":
             title = title.replace("1 token", "1 token, forward only")
+        if case.case["kind"] == "gram_schmidt":
+            title += ", `apply_GS`"
         cells = [_measured(case, arm) for arm in ("peft", "torch", "fast", "auto")]
         rows.append([title, *cells, _saved(case, "peft"), _saved(case, "auto")])
     head = ["layer", "PEFT", "plain torch", "peftkern `fast`", "peftkern `auto`", "PEFT keeps", "peftkern keeps"]
