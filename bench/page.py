@@ -10,6 +10,8 @@ from bench.gpu import predictions
 from bench.measure import GAIN_SIZES
 from bench.result import RESULTS, TARGETS, CaseResult, Entry, Result, duration, megabytes, ratio
 
+_KIND_NOTES = {"decode": ", forward", "gram_schmidt": ", <code>apply_GS</code>"}
+
 
 def _mark(met: bool, text: str, note: str) -> str:
     return (
@@ -42,7 +44,7 @@ def _targets(result: Result) -> str:
         rows.append(
             markup.row(
                 [
-                    escape(case.case["title"]) + (", forward" if case.case["kind"] == "decode" else ""),
+                    escape(case.case["title"]) + _KIND_NOTES.get(case.case["kind"], ""),
                     *(_overhead(case, arm) for arm in ("peft", "torch", "fast", "auto")),
                     f"<b>{ratio(speed)} x</b>" if speed else "–",
                     _saved(case, "peft"),
