@@ -162,13 +162,51 @@ void project_backward(const C* dP, const Rows& x, int64_t M, const Reflectors& r
 }
 
 template <class C>
+inline void read_row(C* dst, const Rows& x, int64_t row, int64_t cols) {
+  const char* src = address(x, row, 0);
+  if (x.dtype == kFloat64) widen(dst, reinterpret_cast<const double*>(src), int(cols));
+  if (x.dtype == kFloat32) widen(dst, reinterpret_cast<const float*>(src), int(cols));
+  if (x.dtype == kBFloat16) widen(dst, reinterpret_cast<const bf16*>(src), int(cols));
+  if (x.dtype == kFloat16) widen(dst, reinterpret_cast<const fp16*>(src), int(cols));
+}
+
+// Decoding: V as it lies, for packing it costs more than a handful of rows does. P is a sum of sums over 64 columns.
+constexpr int kFewRows = 4;
+
+template <class C>
+void rotate_few_rows(const Rows& x, int64_t M, const Reflectors& V, const double* core, const Rows& z, C* P) {
+  const C* v = static_cast<const C*>(V.data);
+  int r = V.r;
+  Buffer<C> row(V.K);
+  C S[kMaxRank], part[kMaxRank];
+  for (int64_t i = 0; i < M; i++, P += r) {
+    read_row(row.data(), x, i, V.K);
+    for (int j = 0; j < r; j++) P[j] = 0;
+    for (int64_t k0 = 0; k0 < V.K; k0 += 64) {
+      for (int j = 0; j < r; j++) part[j] = 0;
+      for (int64_t k = k0; k < k0 + 64 && k < V.K; k++)
+        for (int j = 0; j < r; j++) part[j] += row[k] * v[k * V.stride_k + j];
+      for (int j = 0; j < r; j++) P[j] += part[j];
+    }
+    multiply_small(P, 1, r, core, S);
+    for (int64_t k = 0; k < V.K; k++) {
+      C update = 0;
+      for (int j = 0; j < r; j++) update += S[j] * v[k * V.stride_k + j];
+      row[k] -= update;
+    }
+    write_row(address(z, i, 0), z.dtype, row.data(), int(V.K));
+  }
+}
+
+template <class C>
 void rotate(const Rows& x, int64_t M, const Reflectors& reflectors, const double* T, bool reverse, const Rows& z, C* P,
             int threads) {
   int r = reflectors.r;
   int64_t K = reflectors.K, blocks = ceil_div(M, kBlock);
-  Panels<C> V(reflectors, false, threads);
   Buffer<double> small(int64_t(r) * padded_rank(r));
   pad_matrix(T, r, !reverse, small.data());
+  if (M <= kFewRows && reflectors.stride_r == 1) return rotate_few_rows(x, M, reflectors, small.data(), z, P);
+  Panels<C> V(reflectors, false, threads);
   threads = useful_threads(threads, blocks, 2 * M * K * r);
   Workspace<C> workspace(r, threads);
 #pragma omp parallel num_threads(threads)
