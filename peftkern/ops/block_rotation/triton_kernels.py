@@ -1,0 +1,162 @@
+"""Triton kernels of the `block_rotation` operations, and of `butterfly`'s rotations. Bytes and flops: costs_triton.py.
+
+    x, z, dz, dx [M, K]; R [K/B, B, B], or one for all; z_i = x_i R_i
+
+A tile of rows meets a *panel*: W = (P // B) B columns, whole blocks, padded to P. The blocks of one panel form one
+block-diagonal matrix, so that every product has the sizes that tensor cores take. R is read once per program and stays
+in registers while rows stream past. Half-precision rows are one exact term, R two terms of the same dtype; a float32
+product is six of bfloat16 terms. Tensor cores cut sums towards zero, so the gradient in R starts a
+new sum every tile and adds it to the accumulator outside (rounded to nearest).
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _eights(n, ALIGNED: tl.constexpr):
+    """n, which the caller knows to be a multiple of 8, in a form that shows it to the compiler."""
+    if ALIGNED:
+        return n // 8 * 8
+    return n
+
+
+@triton.jit
+def _terms(b_x):
+    """A float32 number as the sum of three of bfloat16."""
+    b_0 = b_x.to(tl.bfloat16)
+    b_x = b_x - b_0.to(tl.float32)
+    b_1 = b_x.to(tl.bfloat16)
+    return b_0, b_1, (b_x - b_1.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def dot(b_a, b_b, b_acc):
+    """acc + a b; of float32 the six products of terms that float32 can see, the smallest first."""
+    if b_a.dtype == tl.float32:
+        b_a0, b_a1, b_a2 = _terms(b_a)
+        b_b0, b_b1, b_b2 = _terms(b_b)
+        b_sum = tl.dot(b_a2, b_b0, tl.zeros(b_acc.shape, tl.float32))
+        b_sum = tl.dot(b_a1, b_b1, b_sum)
+        b_sum = tl.dot(b_a0, b_b2, b_sum)
+        b_sum = tl.dot(b_a1, b_b0, b_sum)
+        b_sum = tl.dot(b_a0, b_b1, b_sum)
+        return b_acc + tl.dot(b_a0, b_b0, b_sum)
+    return tl.dot(b_a, b_b, b_acc, input_precision="ieee", out_dtype=b_acc.dtype)
+
+
+@triton.jit
+def _places(first, K, B: tl.constexpr, W: tl.constexpr, P: tl.constexpr):
+    """Of each place of a panel's block-diagonal matrix: its block, its row and column there, and whether it has one."""
+    o_i, o_j = tl.arange(0, P)[:, None], tl.arange(0, P)[None, :]
+    inside = (o_i // B == o_j // B) & (o_i < W) & (o_j < W) & (first + o_i < K)
+    return o_i // B, o_i % B, o_j % B, inside
+
+
+@triton.jit
+def _rotation(
+    p_r, first, K, B: tl.constexpr, W: tl.constexpr, P: tl.constexpr, SHARED: tl.constexpr, TRANSPOSE: tl.constexpr
+):  # fmt: skip
+    """The block-diagonal matrix [P, P] of the R (or R^T) of W columns from `first` on."""
+    o_b, o_i, o_j, inside = _places(first, K, B, W, P)
+    o_b = o_b * 0 if SHARED else o_b + first // B
+    o = o_j * B + o_i if TRANSPOSE else o_i * B + o_j
+    return tl.load(p_r + o_b.to(tl.int64) * (B * B) + o, mask=inside, other=0.0)
+
+
+@triton.jit
+def _product(b_x, b_r):
+    """x R in R's dtype; under half-precision x, R is two terms."""
+    b_z = tl.zeros(b_x.shape, b_r.dtype)
+    if b_x.dtype == b_r.dtype:
+        return dot(b_x, b_r, b_z)
+    b_high = b_r.to(b_x.dtype)
+    return dot(b_x, b_high, dot(b_x, (b_r - b_high.to(b_r.dtype)).to(b_x.dtype), b_z))
+
+
+@triton.jit
+def _rotated(b_x, b_r, B: tl.constexpr, W: tl.constexpr, P: tl.constexpr):
+    """x R; a number that is not finite spoils its own block, not those packed beside it."""
+    if W == B:
+        return _product(b_x, b_r)
+    b_bad = (b_x != b_x) | (tl.abs(b_x) == float("inf"))
+    o_i, o_j = tl.arange(0, P)[:, None], tl.arange(0, P)[None, :]
+    b_block = tl.where(o_i // B == o_j // B, 1.0, 0.0).to(tl.bfloat16)
+    b_bad_block = tl.dot(tl.where(b_bad, 1.0, 0.0).to(tl.bfloat16), b_block)
+    return tl.where(b_bad_block > 0, float("nan"), _product(tl.where(b_bad, 0.0, b_x).to(b_x.dtype), b_r))
+
+
+@triton.jit
+def rotate_kernel(
+    p_x, p_r, p_z, M, K, s_x, s_z, step_z, per_split,
+    B: tl.constexpr, W: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, SHARED: tl.constexpr, TRANSPOSE: tl.constexpr,
+    TERMS: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """z = x R (x R^T), in TERMS terms of z's dtype, `step_z` apart.
+
+    Launch: (K / W, row splits). Bytes: x and z once, R once per split. Flops: 2 MKP, twice that for half precision.
+    """
+    K, s_x, s_z = _eights(K, ALIGNED), _eights(s_x, ALIGNED), _eights(s_z, ALIGNED)
+    first = tl.program_id(0) * W
+    b_r = _rotation(p_r, first, K, B, W, P, SHARED, TRANSPOSE)
+    o_c, o_i = tl.arange(0, P), tl.arange(0, BM)
+    m_k = (o_c < W) & (first + o_c < K)
+    begin = tl.program_id(1) * per_split
+    for m in range(begin, tl.minimum(begin + per_split, M), BM):
+        o_m = (m + o_i).to(tl.int64)[:, None]
+        mask = (o_m < M) & m_k[None, :]
+        b_x = tl.load(p_x + o_m * s_x + first + o_c[None, :], mask=mask, other=0.0)
+        b_z = _rotated(b_x, b_r, B, W, P)
+        p_zs = p_z + o_m * s_z + first + o_c[None, :]
+        b_high = b_z.to(p_z.dtype.element_ty)
+        tl.store(p_zs, b_high, mask=mask)
+        if TERMS > 1:
+            tl.store(p_zs + step_z, (b_z - b_high.to(b_z.dtype)).to(b_high.dtype), mask=mask)
+
+
+@triton.jit
+def rotate_backward_kernel(
+    p_dz, p_x, p_r, p_dx, p_dr, M, K, s_dz, s_x, per_split, panels,
+    B: tl.constexpr, W: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, SHARED: tl.constexpr, TRANSPOSE: tl.constexpr,
+    WANT_DX: tl.constexpr, WANT_DR: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """dx = dz R^T and partial sums of dR = x^T dz over a range of rows; TRANSPOSE: dx = dz R, dR = dz^T x.
+
+    Partial sums [splits, K/B, B, B]; SHARED: a program goes on through `panels` panels with one sum for each place
+    of a block in a panel, [splits, programs, W/B, B, B].
+    Launch: (K / W / panels, row splits). Bytes: dz, x, dx once, R once per program. Flops: 2 MKP for dx (twice for
+    half precision), 2 MKP for dR.
+    """
+    K, s_dz, s_x = _eights(K, ALIGNED), _eights(s_dz, ALIGNED), _eights(s_x, ALIGNED)
+    i_p, i_s = tl.program_id(0), tl.program_id(1)
+    o_c, o_i = tl.arange(0, P), tl.arange(0, BM)
+    start = i_p * panels * W
+    if WANT_DX:
+        b_r = _rotation(p_r, 0 if SHARED else start, W if SHARED else K, B, W, P, SHARED, not TRANSPOSE)
+    b_dr = tl.zeros((P, P), p_dr.dtype.element_ty)
+    begin = i_s * per_split
+    tiles = tl.cdiv(tl.minimum(per_split, M - begin), BM)
+    for i in range(0, tiles * panels):
+        first, m = start, begin + i * BM
+        if SHARED:
+            first, m = start + i // tiles * W, begin + i % tiles * BM
+        o_k = first + o_c[None, :]
+        o_m = (m + o_i).to(tl.int64)[:, None]
+        mask = (o_m < M) & (o_c[None, :] < W) & (o_k < K)
+        b_dz = tl.load(p_dz + o_m * s_dz + o_k, mask=mask, other=0.0)
+        if WANT_DR:
+            b_x = tl.load(p_x + o_m * s_x + o_k, mask=mask, other=0.0)
+            if TRANSPOSE:
+                b_dr += dot(tl.trans(b_dz), b_x, tl.zeros((P, P), b_dr.dtype))
+            else:
+                b_dr += dot(tl.trans(b_x), b_dz, tl.zeros((P, P), b_dr.dtype))
+        if WANT_DX:
+            b_dx = _rotated(b_dz, b_r, B, W, P)
+            tl.store(p_dx + o_m * K + o_k, b_dx.to(p_dx.dtype.element_ty), mask=mask)
+    if WANT_DR:
+        o_b, o_i, o_j, inside = _places(0 if SHARED else start, W if SHARED else K, B, W, P)
+        if SHARED:
+            o_b += (i_s * tl.num_programs(0) + i_p) * (W // B)
+        else:
+            o_b += i_s * (K // B) + start // B
+        tl.store(p_dr + (o_b.to(tl.int64) * B + o_i) * B + o_j, b_dr, mask=inside)

@@ -1,0 +1,53 @@
+"""Tile sizes of the Triton kernels that rotate blocks: a closed table, never tuned at run time, so that the order of
+every sum is a function of shapes and device alone.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from peftkern.ops.householder import triton_tiles
+
+# Columns of a block, or of a butterfly's group, that one product takes: what a program holds in registers of R.
+MAX_BLOCK = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 64, torch.float64: 64}
+PANEL = 32  # the least width of a panel: 64 bytes of a half-precision row
+
+# Programs for each multiprocessor: a program of a backward ends in partial sums, that of a forward in nothing.
+FORWARD, BACKWARD = 8, 4
+
+
+class Tile(NamedTuple):
+    panel: int  # columns, padded to a power of two
+    width: int  # columns that are whole blocks
+    rows: int
+    warps: int
+    stages: int
+
+
+def tile(family, dtype, b):
+    """The panel of blocks of b columns, and the rows of a step."""
+    panel = max(PANEL, 1 << (b - 1).bit_length())
+    width = panel // b * b
+    if dtype is torch.float64:
+        return Tile(panel, width, 16, 4 if panel < 64 else 8, 1)
+    stages = 1 if family in ("gfx942", "generic") else 3
+    if dtype is torch.float32:
+        return Tile(panel, width, 64 if panel < 64 else 32, 4 if panel < 64 else 8, stages)
+    return Tile(panel, width, 128 if panel < 128 else 64, 4 if panel < 64 else 8, stages)
+
+
+def _over(a, b):
+    return -(-a // b)
+
+
+def splits(family, panels, M, rows, programs_per_unit):
+    """Ranges of rows, and the rows of each, that give every multiprocessor some programs of a few tiles."""
+    wanted = programs_per_unit * triton_tiles._PROGRAMS[family]
+    count = max(1, min(_over(wanted, panels), _over(M, rows)))
+    per_split = _over(_over(M, count), rows) * rows
+    return _over(M, per_split), per_split
+
+
+def panels_per_program(panels):
+    """Of a backward whose blocks are shared: few sums, each of many panels."""
+    return max(1, panels // 16)
