@@ -2,54 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench import rotations
+from bench import lycoris, rotations
+from bench.arm import Arm, NotAvailable, base_layer
 from bench.cases import Case, Problem
-
-
-class NotAvailable(Exception):
-    """This arm cannot run here; the message says why."""
-
-
-@dataclass
-class Arm:
-    """forward maps x to y; u is the trainable adapter (None for the frozen layer), which `set_u` writes in place.
-
-    others: what is trained beside u (BOFT's output scale)."""
-
-    name: str
-    forward: Callable[[Tensor], Tensor]
-    u: Tensor | None = None
-    parameters: list[Tensor] = field(default_factory=list)
-    others: list[Tensor] = field(default_factory=list)
-    # Calls that left the accelerated path, and why; None where the arm has no such thing.
-    detours: Callable[[], dict[str, int]] | None = None
-
-    def set_u(self, u: Tensor) -> None:
-        with torch.no_grad():
-            self.u.copy_(u)
-
+from bench.oracle import Truth
 
 LABELS = {
     "frozen": "frozen layer",
     "peft": "PEFT",
-    "torch": "plain torch, compact WY",
+    "torch": "plain torch",
+    "lycoris": "LyCORIS",
+    "lycoris-bypass": "LyCORIS, bypass mode",
     "fast": "peftkern, fast",
     "auto": "peftkern, auto",
+    "auto-terms6": "peftkern, auto, 6 terms",
+    "auto-cayley": "peftkern, auto, exact Cayley map",
     "exact": "peftkern, exact",
 }
 OURS = ("fast", "auto", "exact")
+HRA = ("frozen", "peft", "torch", "fast", "auto")
+LYCORIS = ("lycoris", "lycoris-bypass")
 # Arms on a GPU are `<backend>-<precision>`: the package's layer, this backend first.
 GPU_BACKENDS = ("reference", "triton", "cuda")
 LABELS_GPU = {
     "compiled": "torch.compile(PEFT)",
-    "lycoris": "LyCORIS",
     **{f"{b}-{p}": f"peftkern, {b}, {p}" for b in GPU_BACKENDS for p in ("fast", "exact")},
 }
 
@@ -59,25 +39,16 @@ def label(name: str) -> str:
 
 
 def is_ours(name: str) -> bool:
-    return name in OURS or name.partition("-")[0] in GPU_BACKENDS
+    return name.partition("-")[0] in OURS + GPU_BACKENDS
 
 
 def names(case: Case) -> tuple[str, ...]:
     """Arms of a case. In fp32 `exact` has nothing to gain and is `fast`; of OFT and BOFT `auto` is `fast`."""
-    if case.rotates:
-        return ("frozen", "peft", "torch", "auto", *(("exact",) if case.half else ()))
-    return tuple(LABELS) if case.half else ("frozen", "peft", "torch", "fast", "auto")
-
-
-def base_layer(problem: Problem) -> nn.Module:
-    case = problem.case
-    with torch.device("meta"):
-        if case.kind == "conv":
-            layer = nn.Conv2d(case.width_in, case.width_out, 3, padding=1, bias=case.bias)
-        else:
-            layer = nn.Linear(case.width_in, case.width_out, bias=case.bias)
-    layer.weight, layer.bias = problem.weight, problem.bias
-    return layer
+    exact = ("exact",) if case.half else ()
+    if not case.rotates:
+        return HRA + exact
+    better = tuple(f"auto-{name}" for name in rotations.BETTER_TERMS) if case.kind == "oft" else ()
+    return ("frozen", "peft", "torch", *LYCORIS, "auto", *better, *exact)
 
 
 def _frozen(problem: Problem) -> Arm:
@@ -125,7 +96,7 @@ def _plain_torch(problem: Problem) -> Arm:
 def _plain_rotation(problem: Problem, u: Tensor) -> Arm:
     """The rotation on activations in plain torch calls under autograd: einsum over blocks, index lists for stages."""
     case, weight, bias = problem.case, problem.weight, problem.bias
-    others = [torch.ones(case.width_out, dtype=u.dtype).requires_grad_()] if case.kind == "boft" else []
+    others = [u.new_ones(case.width_out).requires_grad_()] if case.kind == "boft" else []
 
     def linear(x: Tensor) -> Tensor:
         z = rotations.rotate(case, x, u)
@@ -134,10 +105,10 @@ def _plain_rotation(problem: Problem, u: Tensor) -> Arm:
         y = F.linear(z, weight) * others[0].to(x.dtype)
         return y if bias is None else y + bias
 
-    return Arm("torch", linear, u, [u, *others], others)
+    return Arm("torch", linear, u, [u, *others], others, blocks=lambda: rotations.blocks(case, u))
 
 
-def _peft_model(problem: Problem) -> nn.Module:
+def _peft_model(problem: Problem, terms: int | None = rotations.TERMS) -> nn.Module:
     try:
         import peft
     except ImportError as error:
@@ -145,7 +116,7 @@ def _peft_model(problem: Problem) -> nn.Module:
     case = problem.case
     gram_schmidt = case.kind == "gram_schmidt"
     if case.rotates:
-        config = rotations.config(case)
+        config = rotations.config(case, terms)
     else:
         config = peft.HRAConfig(
             r=case.r,
@@ -178,11 +149,14 @@ def _parameters(layer: nn.Module) -> tuple[Tensor, list[Tensor]]:
 def _peft(problem: Problem) -> Arm:
     layer = _peft_model(problem).base_model.model.layer
     u, others = _parameters(layer)
-    return Arm("peft", layer, u, [u, *others], others)
+    blocks = (lambda: rotations.blocks_of_peft(layer)) if problem.case.rotates else None
+    return Arm("peft", layer, u, [u, *others], others, blocks=blocks)
 
 
-def _peftkern(problem: Problem, precision: str) -> Arm:
+def _peftkern(problem: Problem, name: str) -> Arm:
     """PEFT's layer after `peftkern.accelerate`, called as a user's model calls it."""
+    precision, _, variant = name.partition("-")
+    terms = rotations.BETTER_TERMS[variant] if variant else rotations.TERMS
     try:
         import peftkern
 
@@ -192,7 +166,7 @@ def _peftkern(problem: Problem, precision: str) -> Arm:
     if problem.case.factors > 1:
         peftkern.patch_peft(precision)
     try:
-        model = _peft_model(problem)
+        model = _peft_model(problem, terms)
     finally:
         peftkern.unpatch_peft()
     report = accelerate(model, precision=precision)
@@ -204,13 +178,20 @@ def _peftkern(problem: Problem, precision: str) -> Arm:
     def detours() -> dict[str, int]:
         return {method: counts["to_peft"] for method, counts in peftkern.stats().items() if counts.get("to_peft")}
 
-    return Arm(precision, layer, u, [u, *others], others, detours)
+    arm = Arm(name, layer, u, [u, *others], others, detours)
+    if problem.case.rotates:
+        arm.blocks = lambda: rotations.blocks_of_peftkern(problem.case, u, terms)
+    if variant:
+        arm.truth = lambda: Truth(*rotations.truth(problem, terms))
+    return arm
 
 
 def build(name: str, problem: Problem) -> Arm:
     """The arm `name` on the tensors of `problem`. Raises NotAvailable with the reason."""
-    if name in OURS:
+    if is_ours(name):
         arm = _peftkern(problem, name)
+    elif name in LYCORIS:
+        arm = lycoris.arm(problem, bypass=name == "lycoris-bypass")
     else:
         arm = {"frozen": _frozen, "torch": _plain_torch, "peft": _peft}[name](problem)
     arm.parameters += [p for p in (problem.weight, problem.bias) if p is not None]

@@ -112,8 +112,10 @@ def pytest_terminal_summary(terminalreporter, config):
         return
     terminalreporter.section("overhead over the frozen layer (median of the rounds' ratios; frozen layer = 1.00)")
     width = max(len(row.case.title) for row in rows)
-    heads = [arm for arm in LABELS if arm != "frozen"]
-    terminalreporter.write_line(" " * (width + len("gram_schmidt") + 2) + "".join(f"{arm:>9}" for arm in heads))
+    heads = [arm for arm in LABELS if any(arm in names(row.case) for row in rows) and arm != "frozen"]
+    columns = [max(len(head), len("refused")) + 2 for head in heads]
+    line = "".join(f"{head:>{column}}" for head, column in zip(heads, columns, strict=True))
+    terminalreporter.write_line(" " * (width + len("gram_schmidt") + 2) + line)
     for row in rows:
         cells = []
         for name in heads:
@@ -123,9 +125,8 @@ def pytest_terminal_summary(terminalreporter, config):
                 cells.append(f"{row.info[name]['overhead']['median_of_ratios']:.2f}")
             else:
                 cells.append("-")
-        terminalreporter.write_line(
-            f"{row.case.kind:<13} {row.case.title:<{width}}" + "".join(f"{cell:>9}" for cell in cells)
-        )
+        line = "".join(f"{cell:>{column}}" for cell, column in zip(cells, columns, strict=True))
+        terminalreporter.write_line(f"{row.case.kind:<13} {row.case.title:<{width}}" + line)
     absent = {(name, reason) for row in rows for name, reason in row.absent.items()}
     for name, reason in sorted(absent):
         terminalreporter.write_line(f"{LABELS[name]}: not available: {reason}")

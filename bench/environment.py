@@ -50,7 +50,7 @@ def version(package: str) -> str | None:
 
 
 def versions() -> dict[str, str | None]:
-    found = {name: version(name) for name in ("torch", "peft", "peftkern", "pytest-benchmark")}
+    found = {name: version(name) for name in ("torch", "peft", "lycoris-lora", "peftkern", "pytest-benchmark")}
     if found["peftkern"] is None:
         try:
             import peftkern

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bench.arms import Arm
+from bench.arm import Arm
 from bench.cases import Case, Problem
 from bench.oracle import Truth, update
 

@@ -9,8 +9,8 @@ from functools import partial
 import torch
 
 from bench import arms as contenders
-from bench import measure
-from bench.arms import Arm, NotAvailable
+from bench import measure, rotations
+from bench.arm import Arm, NotAvailable
 from bench.cases import Case, Problem, make_problem
 from bench.oracle import Truth, truth
 
@@ -74,7 +74,11 @@ def _first_run(arm: Arm, problem: Problem, reference: Truth) -> tuple[dict[str, 
     else:
         result = measure.step(arm, problem)
     seconds = time.perf_counter() - start
-    found = {} if arm.name == "frozen" else measure.errors(result, reference)
+    if arm.differs:
+        fields["differs"] = arm.differs
+    if arm.blocks:
+        fields["orthogonality_error"] = rotations.orthogonality_error(arm.blocks())
+    found = {} if arm.name == "frozen" else measure.errors(result, arm.truth() if arm.truth else reference)
     return fields, found, seconds
 
 

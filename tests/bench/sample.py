@@ -18,7 +18,19 @@ SURROUNDINGS = {
     "backends": {"rotate": "cpu", "projector_factor": "reference"},
     "commit": "0123456789ab",
 }
-TIMES = {"frozen": 1.0, "peft": 24.0, "torch": 1.6, "fast": 1.14, "auto": 1.24, "exact": 1.25}
+TIMES = {
+    "frozen": 1.0,
+    "peft": 24.0,
+    "torch": 1.6,
+    "lycoris": 2.7,
+    "lycoris-bypass": 1.4,
+    "fast": 1.14,
+    "auto": 1.24,
+    "auto-terms6": 1.3,
+    "auto-cayley": 1.26,
+    "exact": 1.25,
+}
+ORTHOGONALITY = {"auto-terms6": 3e-7, "auto-cayley": 1e-7}
 GAINS = {"peft": (1.0, 1.0, 1.0), "torch": (0.3, 0.6, 1.0), "fast": (0.2, 0.55, 1.0), "auto": (1.0, 1.0, 1.0)}
 
 
@@ -42,6 +54,10 @@ def row(case, arm, wobble=1.0):
     else:
         info["error"] = {"y": 1e-3, "dx": 1e-3, "du": 2e-3}
         info["error_ratio"] = {"y": 1.0, "dx": 1.4, "du": 0.9}
+    if case.rotates and arm != "frozen":
+        info["orthogonality_error"] = ORTHOGONALITY.get(arm, 5e-3)
+    if arm.startswith("lycoris"):
+        info["differs"] = "it rotates something else"
     if case.trains:
         own = 8 * case.r * (case.width_in if case.rotates else case.tokens)
         kept = {"frozen": 0, "peft": 44 * case.width_in**2}.get(arm, own)
