@@ -21,8 +21,12 @@ STYLE = {
     "frozen": ("#8a8f98", "|"),
     "peft": ("#d55e00", "s"),
     "torch": ("#e69f00", "D"),
+    "lycoris": ("#009e73", "v"),
+    "lycoris-bypass": ("#009e73", "<"),
     "fast": ("#56b4e9", "o"),
     "auto": ("#0072b2", "o"),
+    "auto-terms6": ("#0072b2", "P"),
+    "auto-cayley": ("#0072b2", "X"),
     "exact": ("#cc79a7", "^"),
 }
 INK, GRID = "#1f2430", "#e4e6ea"
@@ -72,7 +76,12 @@ def _legend(figure, arms: list[str]) -> None:
         for arm in arms
     ]
     figure.legend(
-        handles=handles, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=len(arms), frameon=False, handletextpad=0.2
+        handles=handles,
+        loc="lower left",
+        bbox_to_anchor=(0.0, 1.0),
+        ncols=len(arms) if len(arms) < 7 else 4,
+        frameon=False,
+        handletextpad=0.2,
     )
 
 
@@ -99,8 +108,16 @@ def dots(
     # A margin at both ends, along the stretched axis.
     margin = ((max(reached) - zero) / (min(reached) - zero)) ** 0.03 * 1.03
     low, high = (min(reached) - zero) / margin + zero, (max(reached) - zero) * margin + zero
+    # Arms that agree would hide each other on one line.
+    apart = min(0.13, 0.84 / len(arms))
     figure, axes = plt.subplots(
-        1, len(dtypes), figsize=(11, 0.62 + 0.36 * len(shapes)), sharex=True, sharey=True, squeeze=False, layout="tight"
+        1,
+        len(dtypes),
+        figsize=(11, 0.62 + max(0.36, 0.08 * len(arms)) * len(shapes)),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="tight",
     )
     for axis, dtype in zip(axes[0], dtypes, strict=True):
         axis.set_title(DTYPE_TITLES[dtype])
@@ -108,8 +125,7 @@ def dots(
             if case.case["dtype"] != dtype:
                 continue
             row = shapes.index(_shape(case))
-            # Arms that agree would hide each other on one line.
-            offsets = {arm: (i - (len(arms) - 1) / 2) * 0.13 for i, arm in enumerate(arms)}
+            offsets = {arm: (i - (len(arms) - 1) / 2) * apart for i, arm in enumerate(arms)}
             for arm in arms:
                 number = value(case, case.arms[arm]) if arm in case.arms else None
                 if not number:
@@ -156,7 +172,7 @@ def _thinned(ticks: list[float], low: float, high: float, zero: float, gap: floa
 def overhead(cases: list[CaseResult], label: str) -> str:
     return dots(
         cases,
-        ["peft", "torch", "fast", "auto", "exact"],
+        [arm for arm in LABELS if arm != "frozen"],
         lambda case, entry: max(entry.overhead, 0.85),
         label,
         spread=lambda case, entry: tuple(max(x, 0.85) for x in entry.spread),

@@ -6,9 +6,19 @@ import re
 from pathlib import Path
 
 from bench.measure import GAIN_SIZES
-from bench.result import CaseResult, Result, megabytes, ratio
+from bench.result import ROTATIONS, CaseResult, Result, megabytes, ratio, scientific
 
 BEGIN, END = "<!-- bench:hra:begin -->", "<!-- bench:hra:end -->"
+ARMS = {
+    "peft": "PEFT",
+    "torch": "plain torch",
+    "lycoris": "LyCORIS",
+    "lycoris-bypass": "LyCORIS, bypass mode",
+    "auto": "peftkern `auto`",
+    "auto-terms6": "peftkern `auto`, 6 terms",
+    "auto-cayley": "peftkern `auto`, exact Cayley map",
+    "exact": "peftkern `exact`",
+}
 GAIN_CASE = "linear-2048x2048-t1024-r8-bf16+fp32"
 
 
@@ -45,11 +55,9 @@ def block(result: Result) -> str:
         "the last two columns are what it keeps in memory for backward:",
         "",
     ]
-    rows, rotated = [], []
+    rows = []
     for case in result.table():
-        if case.case["kind"] in ("oft", "boft"):
-            cells = [_measured(case, arm) for arm in ("peft", "torch", "auto", "exact")]
-            rotated.append([case.case["title"], *cells, _saved(case, "peft"), _saved(case, "auto")])
+        if case.case["kind"] in ROTATIONS.kinds:
             continue
         title = case.case["title"]
         if case.case["kind"] == "decode":
@@ -60,10 +68,7 @@ def block(result: Result) -> str:
         rows.append([title, *cells, _saved(case, "peft"), _saved(case, "auto")])
     head = ["layer", "PEFT", "plain torch", "peftkern `fast`", "peftkern `auto`", "PEFT keeps", "peftkern keeps"]
     lines += _table(head, rows)
-    if rotated:
-        lines += ["", "One OFT or BOFT layer, in the same way (`auto` is `fast` here; PEFT has no second factor):", ""]
-        head = ["layer", "PEFT", "plain torch", "peftkern `auto`", "peftkern `exact`", "PEFT keeps", "peftkern keeps"]
-        lines += _table(head, rotated)
+    lines += _rotations(result)
 
     gains = result.cases.get(GAIN_CASE)
     if gains and any("gain" in entry.info for entry in gains.arms.values()):
@@ -79,6 +84,34 @@ def block(result: Result) -> str:
         lines += ["", f"`import peftkern` takes {1e3 * result.import_seconds:.0f} ms beyond torch."]
     lines += ["", f"Measured {result.date} on {result.setting()} (`bench/results/{result.name}`)."]
     return "\n".join(lines)
+
+
+def _rotations(result: Result) -> list[str]:
+    """The tables of OFT and BOFT."""
+    cases = [case for case in result.table() if case.case["kind"] in ROTATIONS.kinds]
+    if not cases:
+        return []
+    arms = ROTATIONS.shown(cases)
+    lines = ["", "One OFT or BOFT layer, in the same way (`auto` is `fast` here; PEFT has no second factor):", ""]
+    head = ["layer", *(ARMS[arm] for arm in arms), "PEFT keeps", "peftkern keeps"]
+    rows = []
+    for case in cases:
+        cells = [_measured(case, arm) for arm in arms]
+        rows.append([case.case["title"], *cells, _saved(case, "peft"), _saved(case, "auto")])
+    lines += _table(head, rows)
+
+    errors = result.orthogonality_errors("oft")
+    if errors:
+        lines += ["", "How far the blocks of OFT are from orthogonal, and what that takes beside the frozen layer:", ""]
+        cases = [case for case in cases if case.case["kind"] == "oft"]
+        head = ["", "largest \\|RᵀR − I\\|", *(case.case["title"].removeprefix("OFT, ") for case in cases)]
+        rows = [
+            [ARMS[arm], scientific(error), *(_measured(case, arm) for case in cases)]
+            for arm, error in errors.items()
+            if arm in ARMS
+        ]
+        lines += _table(head, rows)
+    return lines
 
 
 def _split(text: str, where: str) -> tuple[str, str, str]:

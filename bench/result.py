@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bench.arms import LABELS
+
 RESULTS = Path(__file__).parent / "results"
 TARGETS = json.loads((Path(__file__).parent / "targets.json").read_text())
 
@@ -33,6 +35,15 @@ class Entry:
     @property
     def kept_x(self) -> int:
         return self.info.get("saved_x_bytes", 0)
+
+    @property
+    def differs(self) -> str | None:
+        """In what the layer that this arm makes differs from the others'."""
+        return self.info.get("differs")
+
+    @property
+    def orthogonality_error(self) -> float | None:
+        return self.info.get("orthogonality_error")
 
     def error_ratio(self, *parts: str) -> float | None:
         """Largest of the ratios of the named parts to the baseline's."""
@@ -77,6 +88,23 @@ class CaseResult:
         if "peft" in self.arms and arm in self.arms:
             return self.arms["peft"].overhead / self.arms[arm].overhead
         return None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Kinds of cases that share a table, and the arms that it shows."""
+
+    title: str
+    kinds: tuple[str, ...]
+    arms: tuple[str, ...]
+
+    def shown(self, cases: list[CaseResult]) -> list[str]:
+        """The arms that any of the cases has."""
+        return [arm for arm in self.arms if any(arm in case.arms for case in cases)]
+
+
+HRA = Group("HRA", ("linear", "decode", "gram_schmidt"), ("peft", "torch", "fast", "auto"))
+ROTATIONS = Group("OFT and BOFT", ("oft", "boft"), ("peft", "torch", "lycoris", "lycoris-bypass", "auto", "exact"))
 
 
 @dataclass
@@ -129,6 +157,15 @@ class Result:
         """The cases that have a target, in the targets' order."""
         return [self.cases[name] for name in TARGETS["overhead"] if name in self.cases]
 
+    def orthogonality_errors(self, kind: str) -> dict[str, float]:
+        """By arm the largest |R^T R - I| of the cases of a kind; empty for a run that did not measure it."""
+        found = {}
+        for arm in LABELS:
+            errors = [case.arms[arm].orthogonality_error for case in self.of_kind(kind) if arm in case.arms]
+            if errors and None not in errors:
+                found[arm] = max(errors)
+        return found
+
     def setting(self) -> str:
         """One sentence: machine, threads, versions, backends that served, commit."""
         machine, versions = self.machine, self.versions
@@ -161,6 +198,10 @@ def duration(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds / 1e-6:.3g} µs"
+
+
+def scientific(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0e}".replace("e-0", "e-")
 
 
 def ratio(value: float | None) -> str:

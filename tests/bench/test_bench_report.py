@@ -8,7 +8,8 @@ import pytest
 import sample
 
 from bench import readme, report
-from bench.cases import SETS, TABLE
+from bench.arms import LYCORIS
+from bench.cases import ROTATIONS, SETS, TABLE
 from bench.result import TARGETS, Result
 
 ROOT = Path(__file__).parents[2]
@@ -150,3 +151,30 @@ def test_the_page_has_every_figure_of_every_arm(data, load, page):
     html = page.render(load(data))
     for text in ("<td>1.78</td>", "<td>7.8e-05</td>", "<td>77 %</td>"):
         assert text in html
+
+
+def test_the_orthogonality_of_each_option_stands_beside_its_speed(data, load, page):
+    case = next(case for case in ROTATIONS if case.kind == "oft")
+    entry = _entry(data, case.id, "auto-terms6")
+    entry["orthogonality_error"], entry["overhead"]["median_of_ratios"] = 4.4e-6, 1.37
+    result = load(data)
+    (line,) = [line for line in readme.block(result).splitlines() if line.startswith("| peftkern `auto`, 6 terms |")]
+    assert line.startswith("| peftkern `auto`, 6 terms | 4e-6 | 1.37 |")
+    assert "<td>peftkern, auto, 6 terms</td><td>4e-6</td><td>1.37</td>" in page.render(result)
+
+
+def test_the_page_says_in_what_another_convention_differs(data, load, page):
+    case = next(case for case in ROTATIONS if case.kind == "oft")
+    _entry(data, case.id, "lycoris")["differs"] = "it rotates <outputs>"
+    assert "it rotates &lt;outputs&gt;" in page.render(load(data))
+
+
+def test_a_run_without_lycoris_has_no_column_for_it_and_says_why(data, load, page):
+    assert "LyCORIS" in readme.block(load(data))
+    data["benchmarks"] = [row for row in data["benchmarks"] if row["extra_info"].get("arm") not in LYCORIS]
+    for case in ROTATIONS:
+        _entry(data, case.id, "frozen")["not_available"] = dict.fromkeys(LYCORIS, "pip has no such thing")
+    result = load(data)
+    assert "LyCORIS" not in readme.block(result)
+    html = page.render(result)
+    assert "<th>LyCORIS</th>" not in html and "pip has no such thing" in html
