@@ -1,6 +1,7 @@
 // peftkern._native_cuda: pointers, sizes and stream in, status out. Imports on a machine without a driver or a GPU.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
 #include <stdexcept>
@@ -22,9 +23,12 @@ static void check(int status, const char* what) {
 #include "cuda/bind_gram_schmidt.inc"
 #include "cuda/bind_householder.inc"
 
+#include "cuda/bind_block_rotation.inc"
+
 PYBIND11_MODULE(_native_cuda, m) {
   bind_householder(m);
   bind_gram_schmidt(m);
+  bind_block_rotation(m);
   m.def("runtime_version", &cuda::runtime_version, "Version of the CUDA runtime linked in, e.g. 13000.");
   m.def("driver_version", &cuda::driver_version, "Newest CUDA that the driver serves; 0 without a driver.");
   m.def("archs", &cuda::archs, "Architectures compiled in, e.g. '800,900,1000'.");
