@@ -12,7 +12,7 @@ import torch
 from peftkern.ops import _triton
 from peftkern.ops._rows import like_rows, rows
 from peftkern.ops.block_rotation import triton_tiles as tiles
-from peftkern.ops.householder.triton_backend import _gathered
+from peftkern.ops.householder.triton_backend import _gathered as gathered
 
 
 @functools.cache
@@ -112,4 +112,4 @@ def block_rotate_backward(dz, x, R, transpose, output_mask):
     if x.numel() == 0 or not (want_dx or want_dR):
         return like_rows(x) if want_dx else x.new_empty(0), R.new_zeros(R.shape if want_dR else 0)
     dx, partial = rotate_backward(dz, x, R, transpose, output_mask)
-    return dx if want_dx else x.new_empty(0), _gathered(partial) if want_dR else R.new_empty(0)
+    return dx if want_dx else x.new_empty(0), gathered(partial) if want_dR else R.new_empty(0)

@@ -1,0 +1,137 @@
+"""Triton backend of the `butterfly` operations: NVIDIA, AMD and Intel devices, groups of up to 64 or 128 columns.
+
+The stages of a group are multiplied out, [G, G] per group, and rows are rotated by block_rotation's kernels with that
+matrix as their block: x is read once and z written once whatever f is. Two calls give the same bits.
+"""
+
+import functools
+import importlib
+
+import torch
+
+from peftkern.ops import _triton
+from peftkern.ops._rows import like_rows, rows
+from peftkern.ops.block_rotation import triton_backend as blocks
+from peftkern.ops.block_rotation import triton_tiles as tiles
+from peftkern.ops.block_rotation.triton_backend import _aligned, _cdiv
+
+ROWS = 16  # of a group, per program that takes them through the stages
+SCALE_ROWS, SCALE_COLUMNS = 16, 256  # of a tile of y
+
+
+@functools.cache
+def _kernels():
+    return importlib.import_module("peftkern.ops.butterfly.triton_kernels")
+
+
+def available():
+    return _triton.available()
+
+
+def supports(name, *args):
+    """`(ok, reason)` for one kind of call; the group b 2^(f-1) is bounded by the product of one tile."""
+    return blocks.serves_columns(*_mixed[name](*args), *args)
+
+
+def _group(R):
+    f, _, b, _ = R.shape
+    return b << (f - 1)
+
+
+# The dtype of a product of groups, and their width.
+_mixed = {
+    "butterfly_rotate": lambda x, R, transpose: (x.dtype, _group(R)),
+    "butterfly_rotate_backward": lambda dz, x, R, *_: (x.dtype, _group(R)),
+    "scale_outputs": lambda y, *_: (y.dtype, 1),
+    "scale_outputs_backward": lambda dy, *_: (dy.dtype, 1),
+}
+
+
+def _sizes(R):
+    """(groups, F, B, G, G padded) of R [F, K/B, B, B]."""
+    f, n, b, _ = R.shape
+    G = _group(R)
+    return n >> (f - 1), f, b, G, max(16, 1 << (G - 1).bit_length())
+
+
+def _stages(R):
+    """V [F, K/G, G, G]: V[0] are the groups, multiplied out."""
+    R, (groups, f, b, G, P) = R.contiguous(), _sizes(R)
+    if f == 1:
+        return R
+    V = R.new_empty(f, groups, G, G)
+    _kernels().stages_kernel[(groups, _cdiv(G, ROWS))](R, V, groups, f, b, G, P, ROWS, num_warps=4, num_stages=1)
+    return V
+
+
+def _gradient_of_blocks(partial, V, R):
+    """dR from the partial sums [count, K/G, G, G] of the gradient in the groups."""
+    R, (groups, f, b, G, P) = R.contiguous(), _sizes(R)
+    if f == 1:
+        return blocks.gathered(partial)[None]
+    H, dR = torch.empty_like(V), torch.empty_like(R)
+    _kernels().stages_backward_kernel[(groups, _cdiv(G, ROWS))](
+        R, partial, H, groups, len(partial), f, b, G, P, ROWS, num_warps=4, num_stages=1
+    )
+    _kernels().blocks_gradient_kernel[(groups, f)](
+        V, H, dR, groups, f, b, G, P, min(P, 32), num_warps=4 if P < 64 else 8, num_stages=1
+    )
+    return dR
+
+
+def rotate_to(x, R, transpose, terms, z, stride, step=0):
+    """z = x R in `terms` terms, as block_rotation's."""
+    with _triton.guard(x):
+        return blocks.rotate_to(x, _stages(R)[0], transpose, terms, z, stride, step)
+
+
+def butterfly_rotate(x, R, transpose):
+    return rotate_to(x, R, transpose, 1, like_rows(x), x.shape[-1])
+
+
+def butterfly_rotate_backward(dz, x, R, transpose, output_mask):
+    want_dx, want_dR = output_mask
+    if x.numel() == 0 or not (want_dx or want_dR):
+        return like_rows(x) if want_dx else x.new_empty(0), R.new_zeros(R.shape if want_dR else 0)
+    with _triton.guard(x):
+        V = _stages(R)
+        dx, partial = blocks.rotate_backward(dz, x, V[0], transpose, output_mask)
+        dR = _gradient_of_blocks(partial, V, R) if want_dR else R.new_empty(0)
+    return dx if want_dx else x.new_empty(0), dR
+
+
+def _scale_grid(M, N, programs_per_unit):
+    panels = _cdiv(N, SCALE_COLUMNS)
+    splits, per_split = tiles.splits(_triton.family(), panels, M, SCALE_ROWS, programs_per_unit)
+    return (panels, splits), per_split
+
+
+def scale_outputs(y, scale, bias):
+    N, scale, z = len(scale), scale.contiguous(), like_rows(y)
+    (y_rows, stride), M = rows(y, N), y.numel() // N
+    if M == 0:
+        return z
+    grid, per_split = _scale_grid(M, N, tiles.FORWARD)
+    with _triton.guard(y):
+        _kernels().scale_kernel[grid](
+            y_rows, scale, scale if bias is None else bias.contiguous(), z, M, N, stride, per_split, bias is not None,
+            SCALE_ROWS, SCALE_COLUMNS, _aligned(N, stride), num_warps=4,
+        )  # fmt: skip
+    return z
+
+
+def scale_outputs_backward(dy, y, scale, bias, output_mask):
+    (want_dy, want_scale), N, scale = output_mask, len(scale), scale.contiguous()
+    (dy_rows, dy_stride), (y_rows, stride), M = rows(dy, N), rows(y, N), y.numel() // N
+    dp = like_rows(y) if want_dy else y.new_empty(0)
+    if M == 0 or not (want_dy or want_scale):
+        return dp, scale.new_zeros(N if want_scale else 0)
+    grid, per_split = _scale_grid(M, N, tiles.BACKWARD)
+    partial = scale.new_empty(grid[1], N) if want_scale else scale
+    with _triton.guard(y):
+        _kernels().scale_backward_kernel[grid](
+            dy_rows, y_rows, scale, scale if bias is None else bias.contiguous(), dp if want_dy else dy_rows, partial,
+            M, N, dy_stride, stride, per_split, bias is not None, want_dy, want_scale, SCALE_ROWS, SCALE_COLUMNS,
+            _aligned(N, dy_stride, stride), num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+        return dp, blocks.gathered(partial) if want_scale else scale.new_empty(0)
