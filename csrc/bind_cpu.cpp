@@ -140,11 +140,10 @@ static SmallBatch small_batch(Pointer data, int dtype, int64_t S, int b, bool pa
 static void bind_blocks(py::module_& m) {
   m.attr("MAX_BLOCK") = int(kMaxBlock);
   m.def("rotate_blocks", [](int level, int threads, Pointer x, int x_dtype, int64_t M, int64_t x_stride, R_ARGS,
-                            bool transpose, int terms, Pointer z, int z_dtype) {
-    if (terms < 1 || terms > 3) throw std::invalid_argument("terms must be 1, 2 or 3");
+                            bool transpose, Pointer z, Pointer rest, int z_dtype) {
     py::gil_scoped_release unlocked;
-    block_kernels(level).rotate(rows(x, x_dtype, x_stride), M, R_VALUE, transpose, terms, rows(z, z_dtype, terms * K),
-                                threads);
+    block_kernels(level).rotate(rows(x, x_dtype, x_stride), M, R_VALUE, transpose, rows(z, z_dtype, K),
+                                rows(rest, z_dtype, K), threads);
   });
   m.def("rotate_blocks_backward", [](int level, int threads, Pointer dz, int64_t dz_stride, Pointer x, int dtype,
                                      int64_t M, int64_t x_stride, R_ARGS, bool transpose, Pointer dx, Pointer dR) {

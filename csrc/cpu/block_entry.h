@@ -9,12 +9,12 @@
 namespace peftkern {
 namespace PEFTKERN_ISA {
 
-inline void rotate_blocks_entry(const Rows& x, int64_t M, const Blocks& R, bool transpose, int terms, const Rows& z,
-                                int threads) {
+inline void rotate_blocks_entry(const Rows& x, int64_t M, const Blocks& R, bool transpose, const Rows& z,
+                                const Rows& rest, int threads) {
   if (R.dtype == kFloat64)
-    rotate_blocks<double>(x, M, R, transpose, terms, z, threads);
+    rotate_blocks<double>(x, M, R, transpose, z, rest, threads);
   else
-    rotate_blocks<float>(x, M, R, transpose, terms, z, threads);
+    rotate_blocks<float>(x, M, R, transpose, z, rest, threads);
 }
 
 inline void rotate_blocks_backward_entry(const Rows& dz, const Rows& x, int64_t M, const Blocks& R, bool transpose,

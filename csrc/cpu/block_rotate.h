@@ -126,14 +126,22 @@ Tile<C> read_tile(const Rows& x, int64_t row0, int rows, int64_t c0, int64_t col
   return {scratch, ld};
 }
 
-inline void write_split(char* high, char* low, Dtype dtype, const float* src, int cols, float* rest) {
-  write_row(high, dtype, src, cols);
-  if (dtype == kBFloat16) widen(rest, reinterpret_cast<const bf16*>(high), cols);
-  if (dtype == kFloat16) widen(rest, reinterpret_cast<const fp16*>(high), cols);
-  for (int c = 0; c < cols; c++) rest[c] = src[c] - rest[c];
-  write_row(low, dtype, rest, cols);
+// rest = src - its rounding in dst.
+inline void write_rest(char* rest, const char* dst, Dtype dtype, const float* src, int cols) {
+  for (int c = 0; c < cols; c += kPanel) {
+    float left[kPanel];
+    int n = min_int(kPanel, cols - c);
+    size_t at = c * dtype_size(dtype);
+    if (dtype == kFloat32) memcpy(left, dst + at, n * sizeof(float));
+    if (dtype == kBFloat16) widen(left, reinterpret_cast<const bf16*>(dst + at), n);
+    if (dtype == kFloat16) widen(left, reinterpret_cast<const fp16*>(dst + at), n);
+    for (int i = 0; i < n; i++) left[i] = src[c + i] - left[i];
+    write_row(rest + at, dtype, left, n);
+  }
 }
-inline void write_split(char*, char*, Dtype, const double*, int, double*) {}
+inline void write_rest(char* rest, const char*, Dtype, const double*, int cols) {
+  memset(rest, 0, cols * sizeof(double));
+}
 
 // Brings the lines of a tile near before its turn: the hardware follows fewer rows than a tile has.
 inline void prefetch_tile(const Rows& x, int64_t row0, int rows, int64_t c0, int64_t cols, bool write) {
@@ -164,19 +172,14 @@ struct TileOrder {
   }
 };
 
-// Rows of a tile to columns c0 on of z, in one, two or three terms K columns apart.
+// Rows of a tile to columns c0 on of z, and what their rounding leaves.
 template <class C>
-void write_tile(Tile<C> tile, int rows, const Rows& z, int64_t row0, int64_t c0, int64_t cols, int64_t K, int terms,
-                C* scratch) {
-  size_t size = dtype_size(z.dtype);
+void write_tile(Tile<C> tile, int rows, const Rows& z, const Rows& rest, int64_t row0, int64_t c0, int64_t cols) {
   for (int i = 0; i < rows; i++) {
+    const C* src = tile.data + i * tile.ld;
     char* dst = address(z, row0 + i, c0);
-    if (terms == 1) {
-      write_row(dst, z.dtype, tile.data + i * tile.ld, int(cols));
-      continue;
-    }
-    write_split(dst, dst + K * size, z.dtype, tile.data + i * tile.ld, int(cols), scratch);
-    if (terms == 3) memcpy(dst + 2 * K * size, dst, cols * size);
+    write_row(dst, z.dtype, src, int(cols));
+    if (rest.data) write_rest(address(rest, row0 + i, c0), dst, z.dtype, src, int(cols));
   }
 }
 
@@ -267,13 +270,13 @@ void reverse_stage(const BlockPanels<C>& R, int stage, int64_t j0, int64_t cols,
 }
 
 template <class C>
-void rotate_blocks(const Rows& x, int64_t M, const Blocks& blocks, bool transpose, int terms, const Rows& z,
+void rotate_blocks(const Rows& x, int64_t M, const Blocks& blocks, bool transpose, const Rows& z, const Rows& rest,
                    int threads) {
   BlockPanels<C> R(blocks, transpose, false, threads);
   int64_t K = blocks.K, chunk = rotate_chunk(blocks), ld = chunk + R.bp;
   TileOrder order(0, M, K, chunk);
   int64_t tasks = order.count();
-  bool to_z = terms == 1 && R.writes_in_place(R.f - 1, z.dtype);
+  bool to_z = !rest.data && R.writes_in_place(R.f - 1, z.dtype);
   threads = useful_threads(threads, tasks, M * K * R.b * R.f);
   Buffer<C> tiles(threads * 2 * kBlock * ld), products(threads * kBlock * R.bp);
 #pragma omp parallel num_threads(threads)
@@ -285,7 +288,7 @@ void rotate_blocks(const Rows& x, int64_t M, const Blocks& blocks, bool transpos
     for (int64_t task = 0; task < tasks; task++) {
       int64_t row0 = order.row(task), c0 = order.column(task), cols = order.columns(task);
       int rows = order.rows(task);
-      if (terms == 1) prefetch_tile(z, row0, rows, c0, cols, true);
+      prefetch_tile(z, row0, rows, c0, cols, true);
       order.prefetch(task + 1, x, false);
       Tile<C> tile = read_tile(x, row0, rows, c0, cols, scratch[0].data, ld);
       for (int t = 0; t < R.f; t++) {
@@ -294,7 +297,7 @@ void rotate_blocks(const Rows& x, int64_t M, const Blocks& blocks, bool transpos
         apply_stage(R, R.stage(t), c0 / R.b, cols, tile, rows, out, stage_scratch);
         tile = out;
       }
-      if (!to_z) write_tile(tile, rows, z, row0, c0, cols, K, terms, scratch[(R.f + 1) % 2].data);
+      if (!to_z) write_tile(tile, rows, z, rest, row0, c0, cols);
     }
   }
 }
@@ -406,7 +409,7 @@ void rotate_blocks_backward(const Rows& dz, const Rows& x, int64_t M, const Bloc
                         stage_scratch);
           g = out;
         }
-        if (dx && !to_dx) write_tile(g, rows, out_rows, row0, c0, cols, K, 1, scratch);
+        if (dx && !to_dx) write_tile(g, rows, out_rows, {}, row0, c0, cols);
       }
     }
   }

@@ -1,5 +1,6 @@
 // Native CPU API of the block_rotation and butterfly families: rows times orthogonal blocks, and the blocks themselves.
-// Dispatch: one table of entry points per instruction set (portable, AVX2, AVX-512), chosen by dispatch.cpp.
+// Dispatch: one table of entry points per instruction set (portable, AVX2, AVX-512), chosen by dispatch.cpp; bf16 may
+// go through AMX tiles (block_amx.h).
 // Shapes: x [M,K], R [f, K/b, b, b]; stage s couples the halves t and t + 2^s of each group of 2^(s+1) units of b/2
 // columns; x R applies stages f-1 ... 0, x R^T the transposed blocks of stages 0 ... f-1.
 #pragma once
@@ -32,10 +33,10 @@ struct SmallBatch {
 
 // Outputs are contiguous and have the dtype of the corresponding input; null: not wanted.
 struct BlockKernels {
-  // z = x R, or x R^T when transpose; with terms = 2 row i of z is [high | low] (2 K columns) whose sum is x R, with
-  // terms = 3 [high | low | high].
-  void (*rotate)(const Rows& x, int64_t M, const Blocks& R, bool transpose, int terms, const Rows& z, int threads);
-  // dx = dz R^T, dR_s = u_s^T g_s with u_s the input of stage s, g_s the gradient of its output.
+  // z = x R, or x R^T when transpose, and the rest that its rounding leaves, in z's dtype; null rest: not wanted.
+  void (*rotate)(const Rows& x, int64_t M, const Blocks& R, bool transpose, const Rows& z, const Rows& rest,
+                 int threads);
+  // dx = dz R^T, dR_s = u_s^T g_s with u_s the input of stage s, g_s the gradient of its output. dx may be dz.
   void (*rotate_backward)(const Rows& dz, const Rows& x, int64_t M, const Blocks& R, bool transpose, void* dx, void* dR,
                           int threads);
   // R = sum_k c_k Q^k for k < count, of packed skew matrices.
@@ -60,6 +61,9 @@ extern const BlockKernels block_kernels;
 }
 namespace avx512 {
 extern const BlockKernels block_kernels;
+}
+namespace amx {
+const BlockKernels& block_kernels();
 }
 
 }  // namespace peftkern

@@ -75,7 +75,8 @@ const Kernels& kernels_of(Level level) {
 
 const BlockKernels& block_kernels_of(Level level) {
 #if defined(__x86_64__)
-  if (level >= kAvx512) return avx512::block_kernels;
+  if (level == kAmx) return amx::block_kernels();
+  if (level == kAvx512) return avx512::block_kernels;
   if (level == kAvx2) return avx2::block_kernels;
 #endif
   (void)level;

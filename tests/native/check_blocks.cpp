@@ -98,13 +98,18 @@ static void check_rotation(int level, Dtype dtype, int64_t M, int64_t K, int b, 
   Dtype wide = dtype == kFloat64 ? kFloat64 : kFloat32;
   int64_t stored = shared ? 1 : K / b;
   Bytes x = random(dtype, M * K), dz = random(dtype, M * K), R = random(wide, f * stored * b * b, 1.5 / std::sqrt(b));
-  Bytes z(x.size()), split(3 * x.size()), dx(x.size()), dR(R.size());
+  Bytes z(x.size()), rest(x.size()), dx(x.size()), dR(R.size()), in_place = dz, dR_again(R.size());
   Blocks blocks = {R.data(), wide, K, f, stored, b};
   Rows x_rows = {x.data(), dtype, K}, dz_rows = {dz.data(), dtype, K};
-  kernels.rotate(x_rows, M, blocks, transpose, 1, {z.data(), dtype, K}, 2);
-  if (dtype == kBFloat16 || dtype == kFloat16)
-    kernels.rotate(x_rows, M, blocks, transpose, 3, {split.data(), dtype, 3 * K}, 2);
+  kernels.rotate(x_rows, M, blocks, transpose, {z.data(), dtype, K}, {rest.data(), dtype, K}, 2);
   kernels.rotate_backward(dz_rows, x_rows, M, blocks, transpose, dx.data(), dR.data(), 2);
+  kernels.rotate_backward({in_place.data(), dtype, K}, x_rows, M, blocks, transpose, in_place.data(), dR_again.data(),
+                          2);
+  if (in_place != dx || dR_again != dR) {
+    printf("rotate_backward in place at %s, dtype %d, M %ld K %ld b %d f %d\n", kLevelNames[level], dtype, long(M),
+           long(K), b, f);
+    failures++;
+  }
 
   Matrix wide_R = widened(R, wide), exact_dR(f * stored * b * b);
   std::vector<Matrix> u = {widened(x, dtype)};
@@ -122,6 +127,13 @@ static void check_rotation(int level, Dtype dtype, int64_t M, int64_t K, int b, 
     g = stage_product(g, wide_R, M, K, stored, b, s, !transpose);
   }
   expect(z, dtype, u[f], kRounding[dtype], "rotate", level, M, K, b, f);
+  Matrix sum = widened(z, dtype), low = widened(rest, dtype);
+  for (size_t i = 0; i < sum.size(); i++) sum[i] += low[i];
+  Bytes both(sum.size() * sizeof(double));
+  if (!both.empty()) memcpy(both.data(), sum.data(), both.size());
+  double limit = kRounding[dtype] * kRounding[dtype];
+  expect(both, kFloat64, u[f], limit > kRounding[wide] ? limit : kRounding[wide], "rotate, two terms", level, M, K, b,
+         f);
   expect(dx, dtype, g, kRounding[dtype], "rotate_backward dx", level, M, K, b, f);
   expect(dR, wide, exact_dR, 4 * kRounding[wide], "rotate_backward dR", level, M, K, b, f);
 }
@@ -173,7 +185,8 @@ int main() {
   const int shapes[][4] = {// M, K/b, b, f
                            {0, 3, 4, 1},   {1, 5, 3, 1},   {33, 9, 2, 1},  {17, 32, 8, 1}, {5, 3, 17, 1},
                            {33, 3, 32, 1}, {7, 2, 40, 1},  {33, 8, 4, 3},  {20, 6, 10, 2}, {9, 16, 16, 2},
-                           {33, 16, 2, 5}, {18, 4, 32, 3}, {3, 2, 256, 1}, {4, 2, 64, 2}};
+                           {33, 16, 2, 5}, {18, 4, 32, 3}, {3, 2, 256, 1}, {4, 2, 64, 2},  {69, 3, 32, 1},
+                           {600, 8, 8, 1}, {130, 8, 8, 4}, {70, 2, 48, 1}};
   for (int level = kPortable; level <= best_level(); level++)
     for (int dtype = kFloat64; dtype <= kFloat16; dtype++) {
       for (const auto& s : shapes)

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from peftkern import _native
-from peftkern.ops._rows import CODES, HALF, like_rows, rows, weight_scratch
+from peftkern.ops._rows import CODES, HALF, like_rows, rows
+from peftkern.ops.block_rotation import reference
 from peftkern.ops.block_rotation.contract import block_size
 
 _library, _level, _reason = _native.cpu()
@@ -84,23 +85,27 @@ def _blocks(R, K):
     return R.data_ptr(), CODES[R.dtype], K, R.shape[0] if R.dim() == 4 else 1, *R.shape[-3:-1]
 
 
-def rotate_to(x, R, transpose, terms, z):
-    """z [M, terms K] = x R as a sum of one, two or three terms (csrc/cpu/blocks.h); R [(f,) stored, b, b]."""
+def rotate_to(x, R, transpose, z, rest=None):
+    """z = x R, and into `rest` what its rounding leaves; both contiguous; R [(f,) stored, b, b]."""
     K, R = x.shape[-1], R.contiguous()
     x_rows, stride = rows(x, K)
     # fmt: off
     _library.rotate_blocks(_level, _threads(), x_rows.data_ptr(), CODES[x.dtype], x.numel() // K, stride,
-                           *_blocks(R, K), transpose, terms, z.data_ptr(), CODES[z.dtype])
+                           *_blocks(R, K), transpose, z.data_ptr(),
+                           0 if rest is None else rest.data_ptr(), CODES[z.dtype])
     # fmt: on
     return z
 
 
-def rotate_backward(dz, x, R, transpose, output_mask):
-    """(dx, dR) of z = x R; R [(f,) stored, b, b]."""
+def rotate_backward(dz, x, R, transpose, output_mask, dx=None):
+    """(dx, dR) of z = x R; R [(f,) stored, b, b]. dx may be a contiguous dz, which is then overwritten."""
     (want_dx, want_dR), K, R = output_mask, x.shape[-1], R.contiguous()
     x_rows, stride = rows(x, K)
     dz_rows, dz_stride = rows(dz, K)
-    dx = like_rows(x) if want_dx else x.new_empty(0)
+    if not want_dx:
+        dx = x.new_empty(0)
+    elif dx is None:
+        dx = like_rows(x)
     dR = torch.empty_like(R) if want_dR else R.new_empty(0)
     if want_dx or want_dR:
         # fmt: off
@@ -112,28 +117,58 @@ def rotate_backward(dz, x, R, transpose, output_mask):
 
 
 def block_rotate(x, R, transpose):
-    return rotate_to(x, R, transpose, 1, like_rows(x))
+    return rotate_to(x, R, transpose, like_rows(x))
 
 
 def block_rotate_backward(dz, x, R, transpose, output_mask):
     return rotate_backward(dz, x, R, transpose, output_mask)
 
 
-def linear_of_terms(x, weight, bias, R):
-    """(x R) W^T + b as one library product: x R unrounded, for half precision as two terms, [high | low] [W | W]^T."""
-    N, K = weight.shape
-    M = x.numel() // K
-    if weight.dtype not in HALF:
-        return F.linear(rotate_to(x, R, False, 1, x.new_empty(x.shape)), weight, bias)
-    z = rotate_to(x, R, False, 2, weight.new_empty(M, 2 * K))
-    twice = weight_scratch(N, 2 * K, weight.dtype)
-    twice.view(N, 2, K).copy_(weight[:, None])
-    return F.linear(z, twice, bias).view(*x.shape[:-1], N)
+def _add_product(u, x, weight, bias):
+    """u + x W^T + b in one accumulator, rounded once: oneDNN adds in float32. May write into u."""
+    if bias is None:
+        return u.addmm_(x, weight.mT)
+    return torch.ops.mkldnn._linear_pointwise.binary(x, u, weight, bias, "add")
+
+
+def _adds_in_one_accumulator(dtype):
+    mkldnn = torch.ops.mkldnn
+    supported = mkldnn._is_mkldnn_bf16_supported if dtype is torch.bfloat16 else mkldnn._is_mkldnn_fp16_supported
+    return torch.backends.mkldnn.enabled and supported()
+
+
+def exact_linear(x, weight, bias, R, scale=None):
+    """(s (x R) W^T + b, (x R) W^T or None without a scale) with x R unrounded, from three products with W as it lies.
+
+    With x R = z + rest in two terms y = z W^T + u + b, where u = rest W^T is so small that its rounding vanishes; with
+    a scale y = z W^T + [u + (s - 1) p] + b, where the rounding of p counts as little. None where scales are far from
+    1, or where the library would round between the sums.
+    """
+    if not _adds_in_one_accumulator(weight.dtype) or (scale is not None and (scale - 1).abs().max() > 1 / 4):
+        return None
+    shape, rows = (*x.shape[:-1], weight.shape[0]), x.reshape(-1, x.shape[-1])
+    z, rest = weight.new_empty(2, *rows.shape)
+    rotate_to(rows, R, False, z, rest)
+    u = F.linear(rest, weight)
+    if scale is None:
+        return _add_product(u, z, weight, bias).view(shape), None
+    p = torch.addmm(u, z, weight.mT)
+    y = _add_product(u.addcmul_(p, (scale - 1).to(p.dtype)), z, weight, bias)
+    return y.view(shape), p.view(shape)
 
 
 def block_rotated_linear(x, weight, bias, R):
-    return linear_of_terms(x, weight, bias, R)
+    if weight.dtype not in HALF:
+        return F.linear(block_rotate(x, R, False), weight, bias)
+    found = exact_linear(x, weight, bias, R)
+    return reference.block_rotated_linear(x, weight, bias, R) if found is None else found[0]
+
+
+def linear_backward(dy, x, weight, R, output_mask):
+    """`rotate_backward` of dz = dy W, dx in its place."""
+    dz = dy.matmul(weight).to(x.dtype)
+    return rotate_backward(dz, x, R, False, output_mask, dz if dz.is_contiguous() else None)
 
 
 def block_rotated_linear_backward(dy, x, weight, R, output_mask):
-    return rotate_backward(dy.matmul(weight).to(x.dtype), x, R, False, output_mask)
+    return linear_backward(dy, x, weight, R, output_mask)

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from peftkern import _native
-from peftkern.ops._rows import CODES, HALF, like_rows, rows, weight_scratch
+from peftkern.ops._rows import CODES, HALF, like_rows, rows
 from peftkern.ops.block_rotation import cpu_backend as blocks
+from peftkern.ops.butterfly import reference
 
 _library, _level, _ = _native.cpu()
 _threads = torch.get_num_threads
@@ -60,7 +61,7 @@ def dense_cayley_backward(dR, R):
 
 
 def butterfly_rotate(x, R, transpose):
-    return blocks.rotate_to(x, R, transpose, 1, like_rows(x))
+    return blocks.rotate_to(x, R, transpose, like_rows(x))
 
 
 def butterfly_rotate_backward(dz, x, R, transpose, output_mask):
@@ -100,31 +101,17 @@ def scale_outputs_backward(dy, y, scale, bias, output_mask):
 
 
 def butterfly_rotated_linear(x, weight, bias, scale, R):
-    if scale is None:
-        return blocks.linear_of_terms(x, weight, bias, R), weight.new_empty(0)
-    N, K = weight.shape
     if weight.dtype not in HALF:
-        p = F.linear(blocks.rotate_to(x, R, False, 1, x.new_empty(x.shape)), weight)
+        p = F.linear(butterfly_rotate(x, R, False), weight, bias if scale is None else None)
+        if scale is None:
+            return p, weight.new_empty(0)
         y = scale_outputs(p, scale, None)
         return y if bias is None else y.add_(bias), p
-    # The scale goes into W, as two terms: [high | low | high] of x R against [W' | W' | rest of s W].
-    z = blocks.rotate_to(x, R, False, 3, weight.new_empty(x.numel() // K, 3 * K))
-    scaled = weight_scratch(N, 3 * K, weight.dtype)
-    product = weight.to(scale.dtype) * scale[:, None]
-    high = scaled[:, :K].copy_(product)
-    scaled[:, K : 2 * K] = high
-    scaled[:, 2 * K :] = product.sub_(high)
-    y = F.linear(z, scaled, bias).view(*x.shape[:-1], N)
-    return y, _product_of(y, bias, scale, z[:, :K], weight)
-
-
-def _product_of(y, bias, scale, z, weight):
-    """p = (y - b) / s; where s is zero, the product itself."""
-    p = ((y if bias is None else y.to(scale.dtype) - bias) / scale).to(y.dtype)
-    zero = (scale == 0).nonzero().flatten()
-    if len(zero):
-        p[..., zero] = F.linear(z, weight[zero]).view(*y.shape[:-1], len(zero))
-    return p
+    found = blocks.exact_linear(x, weight, bias, R, scale)
+    if found is None:
+        return reference.butterfly_rotated_linear(x, weight, bias, scale, R)
+    y, p = found
+    return y, weight.new_empty(0) if p is None else p
 
 
 def butterfly_rotated_linear_backward(dy, x, weight, scale, p, R, output_mask):
@@ -135,5 +122,5 @@ def butterfly_rotated_linear_backward(dy, x, weight, scale, p, R, output_mask):
         dy, dscale = scale_outputs_backward(dy, p if want_scale else dy, scale, None, mask)
     if not want_dx and not want_dR:
         return x.new_empty(0), dscale, R.new_empty(0)
-    dx, dR = blocks.rotate_backward(dy.matmul(weight).to(x.dtype), x, R, False, (want_dx, want_dR))
+    dx, dR = blocks.linear_backward(dy, x, weight, R, (want_dx, want_dR))
     return dx, dscale, dR

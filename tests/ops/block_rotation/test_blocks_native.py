@@ -52,6 +52,8 @@ SHAPES = (
     (33, 3, 64, 2), (70, 4, 16, 4),
     (33, 5, 16, 8), (33, 2, 32, 16), (33, 3, 8, 32), (18, 2, 4, 64), (33, 2, 6, 6), (20, 3, 4, 20), (300, 3, 48, 4),
     (33, 6, 32, 4),
+    # Enough rows for tiles, more than one sum, a rest of a block; groups of one to four panels, whole and filled up.
+    (67, 1, 9, 32), (600, 1, 12, 8), (130, 4, 16, 8), (300, 5, 16, 8), (257, 2, 8, 16), (70, 1, 4, 48), (90, 1, 3, 64),
 )  # fmt: skip
 
 
@@ -97,15 +99,16 @@ def test_unwanted_gradients_come_back_empty_and_wanted_ones_unchanged(level, mas
             assert torch.equal(tensor, full) if wanted else tensor.shape == (0,)
 
 
-@pytest.mark.parametrize("terms", (2, 3))
+@pytest.mark.parametrize("transpose", (False, True))
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
-def test_terms_add_up_to_the_unrounded_rotation(level, dtype, terms):
-    for f, n, b in ((1, 5, 3), (3, 16, 4), (1, 4, 32)):
-        x, R, K = torch.randn(35, n * b).to(dtype), stages(f, n, b, dtype), n * b
-        z = cpu.rotate_to(x, R, False, terms, x.new_empty(35, terms * K)).double()
-        exact = expected(x, x, R, False)[0]
-        assert oracle.error(z[:, :K] + z[:, K : 2 * K], exact) <= torch.finfo(dtype).eps ** 2
-        assert terms == 2 or torch.equal(z[:, :K], z[:, 2 * K :])
+def test_two_terms_add_up_to_the_unrounded_rotation(level, dtype, transpose):
+    for M, f, n, b in ((35, 1, 5, 3), (35, 3, 16, 4), (69, 1, 4, 32), (300, 4, 16, 8)):
+        for x in (torch.randn(M, n * b).to(dtype), torch.randn(M, n * b)):
+            R, (z, rest) = stages(f, n, b, dtype), torch.empty(2, *x.shape, dtype=dtype)
+            cpu.rotate_to(x, R, transpose, z, rest)
+            exact = expected(x, x, R, transpose)[0]
+            assert oracle.error(z, exact) <= FLOOR[dtype]
+            assert oracle.error(z.double() + rest.double(), exact) <= torch.finfo(dtype).eps ** 2
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
