@@ -12,6 +12,7 @@ import torch
 from peftkern.ops import _triton
 from peftkern.ops._rows import like_rows, rows
 from peftkern.ops.block_rotation import triton_tiles as tiles
+from peftkern.ops.block_rotation.contract import block_size
 from peftkern.ops.householder.triton_backend import _gathered as gathered
 
 
@@ -39,6 +40,10 @@ def supports(name, *args):
 
 # The dtype of a product of blocks, and b.
 _mixed = {
+    "skew_polynomial": lambda q, coefficients: (torch.float64, block_size(q.shape[1])),
+    "skew_polynomial_backward": lambda dR, q, coefficients: (torch.float64, dR.shape[1]),
+    "skew_cayley": lambda q: (torch.float64, block_size(q.shape[1])),
+    "skew_cayley_backward": lambda dR, R: (torch.float64, R.shape[1]),
     "block_rotate": lambda x, R, transpose: (x.dtype, R.shape[1]),
     "block_rotate_backward": lambda dz, x, R, *_: (x.dtype, R.shape[1]),
 }
@@ -51,6 +56,64 @@ def _cdiv(a, b):
 def _aligned(*numbers):
     """Whether rows may be read in accesses of 16 bytes."""
     return all(n % 8 == 0 for n in numbers)
+
+
+@functools.cache
+def _maps():
+    return importlib.import_module("peftkern.ops.block_rotation.triton_map_kernels")
+
+
+def _map_panels(S, b):
+    """(panels, columns in all, panel sizes, warps) of blocks that no rows meet."""
+    panel, width, warps = tiles.map_panel(b)
+    return _cdiv(S * b, width), S * b, (b, width, panel), warps
+
+
+def skew_polynomial(q, coefficients):
+    q, S, b = q.contiguous(), q.shape[0], block_size(q.shape[1])
+    R, (panels, K, sizes, warps) = q.new_empty(S, b, b), _map_panels(S, b)
+    with _triton.guard(q):
+        _maps().polynomial_kernel[(panels,)](
+            q, R, K, tuple(coefficients), len(coefficients) - 1, *sizes, num_warps=warps, num_stages=1
+        )
+    return R
+
+
+def skew_polynomial_backward(dR, q, coefficients):
+    dR, q, S, b = dR.contiguous(), q.contiguous(), q.shape[0], dR.shape[1]
+    dq, (panels, K, sizes, warps) = torch.empty_like(q), _map_panels(S, b)
+    if dq.numel():
+        with _triton.guard(q):
+            _maps().polynomial_backward_kernel[(panels,)](
+                dR, q, dq, K, tuple(coefficients), len(coefficients) - 1, *sizes, num_warps=warps, num_stages=1
+            )
+    return dq
+
+
+def cayley(A, S, b, dense):
+    """R [S, b, b] of packed skew matrices, or of the skew parts of dense ones."""
+    A, R, (size, side, warps) = A.contiguous(), A.new_empty(S, b, b), tiles.inverses(b)
+    with _triton.guard(A):
+        _maps().cayley_kernel[(_cdiv(S, side),)](A, R, S, b, size, side, dense, num_warps=warps, num_stages=1)
+    return R
+
+
+def cayley_backward(dR, R, dense):
+    """The gradient in packed numbers [S, b (b - 1) / 2], or in dense matrices [S, b, b], of R [S, b, b]."""
+    dR, R, (S, b, _) = dR.contiguous(), R.contiguous(), R.shape
+    dA, (panels, K, sizes, warps) = R.new_empty(R.shape if dense else (S, b * (b - 1) // 2)), _map_panels(S, b)
+    if dA.numel():
+        with _triton.guard(R):
+            _maps().cayley_backward_kernel[(panels,)](dR, R, dA, K, *sizes, dense, num_warps=warps, num_stages=1)
+    return dA
+
+
+def skew_cayley(q):
+    return cayley(q, q.shape[0], block_size(q.shape[1]), False)
+
+
+def skew_cayley_backward(dR, R):
+    return cayley_backward(dR, R, False)
 
 
 def rotate_to(x, R, transpose, terms, z, stride, step=0):

@@ -51,3 +51,17 @@ def splits(family, panels, M, rows, programs_per_unit):
 def panels_per_program(panels):
     """Of a backward whose blocks are shared: few sums, each of many panels."""
     return max(1, panels // 16)
+
+
+def map_panel(b):
+    """(columns, columns that are whole blocks, warps) of blocks that are made, or whose parameters get gradients."""
+    panel = max(PANEL, 1 << (b - 1).bit_length())
+    return panel, panel // b * b, 4 if panel < 64 else 8
+
+
+def inverses(b):
+    """(b padded, blocks side by side, warps) of an inversion: a warp alone needs no barrier, and 1024 numbers of 64
+    bits are half its registers.
+    """
+    size = max(2, 1 << (b - 1).bit_length())
+    return size, max(1, 1024 // (size * size)), 1 if size <= 32 else 4

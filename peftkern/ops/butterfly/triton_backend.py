@@ -40,11 +40,23 @@ def _group(R):
 
 # The dtype of a product of groups, and their width.
 _mixed = {
+    "dense_cayley": lambda B: (torch.float64, B.shape[-1]),
+    "dense_cayley_backward": lambda dR, R: (torch.float64, R.shape[-1]),
     "butterfly_rotate": lambda x, R, transpose: (x.dtype, _group(R)),
     "butterfly_rotate_backward": lambda dz, x, R, *_: (x.dtype, _group(R)),
     "scale_outputs": lambda y, *_: (y.dtype, 1),
     "scale_outputs_backward": lambda dy, *_: (dy.dtype, 1),
 }
+
+
+def dense_cayley(B):
+    f, n, b, _ = B.shape
+    return blocks.cayley(B, f * n, b, True).view(B.shape)
+
+
+def dense_cayley_backward(dR, R):
+    b = R.shape[-1]
+    return blocks.cayley_backward(dR.reshape(-1, b, b), R.reshape(-1, b, b), True).view(R.shape)
 
 
 def _sizes(R):
