@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <cstring>
 #include <stdexcept>
 #include <vector>
 
@@ -103,6 +104,17 @@ static void bind_exact(py::module_& m) {
     kernels(level).linear_few_rows(rows(x, dtype, x_stride), M, rows(W, dtype, W_stride), N, raw(bias), V_VALUE,
                                    doubles(T), rows(y, dtype, N), raw(P), threads);
   });
+  m.def("generate",
+        [](int level, int threads, Pointer u, Pointer kept, int64_t bytes, Pointer x, int dtype, int64_t M,
+           int64_t x_stride, Pointer W, int64_t N, int64_t W_stride, Pointer bias, V_ARGS, Pointer T, Pointer y) {
+          py::gil_scoped_release unlocked;
+          if (bytes && std::memcmp(raw(u), raw(kept), size_t(bytes))) return false;
+          std::vector<float> P(M * r);
+          kernels(level).linear_few_rows(rows(x, dtype, x_stride), M, rows(W, dtype, W_stride), N, raw(bias), V_VALUE,
+                                         doubles(T), rows(y, dtype, N), P.data(), threads);
+          return true;
+        },
+        "linear_few_rows where the bytes of u are those kept; false and nothing written where they are not.");
 }
 
 static void bind_exact_backward(py::module_& m) {

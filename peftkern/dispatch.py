@@ -77,11 +77,15 @@ class Operation:
     def _run(self, *args):
         self.check(*args)
         device_type = args[0].device.type
-        serve = self._serving.get((device_type, self.key(*args))) or self._first_run
+        serve = self.serving(*args) or self._first_run
         if torch.is_autocast_enabled(device_type):
             with torch._C._DisableAutocast():
                 return serve(*args)
         return serve(*args)
+
+    def serving(self, *args):
+        """The function that serves this kind of call, or None before the first of its kind."""
+        return self._serving.get((args[0].device.type, self.key(*args)))
 
     def _first_run(self, *args):
         """Choose a backend for this kind of call; one that fails at its first use is left, once, aloud."""

@@ -170,30 +170,79 @@ inline void read_row(C* dst, const Rows& x, int64_t row, int64_t cols) {
   if (x.dtype == kFloat16) widen(dst, reinterpret_cast<const fp16*>(src), int(cols));
 }
 
-// Decoding: V as it lies, for packing it costs more than a handful of rows does. P is a sum of sums over 64 columns.
+// Decoding: packing V into panels would cost more than a handful of rows does.
 constexpr int kFewRows = 4;
+
+// The columns v_j [K] one after the other: as they lie, or copied.
+template <class C>
+class LongColumns {
+ public:
+  explicit LongColumns(const Reflectors& V)
+      : copy_(V.stride_k == 1 ? 0 : V.r * V.K), data_(static_cast<const C*>(V.data)), stride_(V.stride_r) {
+    if (V.stride_k == 1) return;
+    for (int64_t k = 0; k < V.K; k++)
+      for (int j = 0; j < V.r; j++) copy_[j * V.K + k] = data_[k * V.stride_k + j * V.stride_r];
+    data_ = copy_.data(), stride_ = V.K;
+  }
+  const C* operator[](int j) const { return data_ + j * stride_; }
+
+ private:
+  Buffer<C> copy_;
+  const C* data_;
+  int64_t stride_;
+};
+
+// P [NR] = x V for one row and NR columns from j on.
+template <class C, int NR>
+inline void dot_columns(const C* x, const LongColumns<C>& V, int j, int64_t K, C* P) {
+  using L = Vec<C>;
+  typename L::type acc[NR][2] = {};
+  int64_t k = 0;
+  for (; k + 2 * L::W <= K; k += 2 * L::W)
+    for (int u = 0; u < 2; u++) {
+      typename L::type row = L::load(x + k + u * L::W);
+      for (int c = 0; c < NR; c++) acc[c][u] += row * L::load(V[j + c] + k + u * L::W);
+    }
+  for (int c = 0; c < NR; c++) {
+    P[j + c] = L::sum(acc[c][0] + acc[c][1]);
+    for (int64_t t = k; t < K; t++) P[j + c] += x[t] * V[j + c][t];
+  }
+}
+
+// x -= S V^T for one row and NR columns from j on.
+template <class C, int NR>
+inline void subtract_columns(C* x, const C* S, const LongColumns<C>& V, int j, int64_t K) {
+  using L = Vec<C>;
+  int64_t k = 0;
+  for (; k + L::W <= K; k += L::W) {
+    typename L::type update = {};
+    for (int c = 0; c < NR; c++) update += S[j + c] * L::load(V[j + c] + k);
+    L::store(x + k, L::load(x + k) - update);
+  }
+  for (; k < K; k++) {
+    C update = 0;
+    for (int c = 0; c < NR; c++) update += S[j + c] * V[j + c][k];
+    x[k] -= update;
+  }
+}
 
 template <class C>
 void rotate_few_rows(const Rows& x, int64_t M, const Reflectors& V, const double* core, const Rows& z, C* P) {
-  const C* v = static_cast<const C*>(V.data);
+  constexpr int NR = 8;
   int r = V.r;
+  LongColumns<C> columns(V);
   Buffer<C> row(V.K);
-  C S[kMaxRank], part[kMaxRank];
+  C S[kMaxRank];
   for (int64_t i = 0; i < M; i++, P += r) {
     read_row(row.data(), x, i, V.K);
-    for (int j = 0; j < r; j++) P[j] = 0;
-    for (int64_t k0 = 0; k0 < V.K; k0 += 64) {
-      for (int j = 0; j < r; j++) part[j] = 0;
-      for (int64_t k = k0; k < k0 + 64 && k < V.K; k++)
-        for (int j = 0; j < r; j++) part[j] += row[k] * v[k * V.stride_k + j];
-      for (int j = 0; j < r; j++) P[j] += part[j];
-    }
+    int j = 0;
+    for (; j + NR <= r; j += NR) dot_columns<C, NR>(row.data(), columns, j, V.K, P);
+    for (; j < r; j++) dot_columns<C, 1>(row.data(), columns, j, V.K, P);
     multiply_small(P, 1, r, core, S);
-    for (int64_t k = 0; k < V.K; k++) {
-      C update = 0;
-      for (int j = 0; j < r; j++) update += S[j] * v[k * V.stride_k + j];
-      row[k] -= update;
-    }
+    for (j = 0; j + NR <= r; j += NR) subtract_columns<C, NR>(row.data(), S, columns, j, V.K);
+    // Neighbours together: in a pair they nearly cancel.
+    for (; j + 2 <= r; j += 2) subtract_columns<C, 2>(row.data(), S, columns, j, V.K);
+    for (; j < r; j++) subtract_columns<C, 1>(row.data(), S, columns, j, V.K);
     write_row(address(z, i, 0), z.dtype, row.data(), int(V.K));
   }
 }
@@ -205,7 +254,7 @@ void rotate(const Rows& x, int64_t M, const Reflectors& reflectors, const double
   int64_t K = reflectors.K, blocks = ceil_div(M, kBlock);
   Buffer<double> small(int64_t(r) * padded_rank(r));
   pad_matrix(T, r, !reverse, small.data());
-  if (M <= kFewRows && reflectors.stride_r == 1) return rotate_few_rows(x, M, reflectors, small.data(), z, P);
+  if (M <= kFewRows) return rotate_few_rows(x, M, reflectors, small.data(), z, P);
   Panels<C> V(reflectors, false, threads);
   threads = useful_threads(threads, blocks, 2 * M * K * r);
   Workspace<C> workspace(r, threads);

@@ -14,6 +14,7 @@ from peftkern.ops import householder as hh
 from peftkern.ops.householder import autograd, contract, reference
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+FEW_ROWS = 4
 
 
 def _plain(weight):
@@ -41,6 +42,15 @@ def readable_weight(base_layer, layer_type=torch.nn.Linear):
     return weight, None
 
 
+class _Kept:
+    """What one miss leaves: dtype, copies of the chain and the factor of those; generators: see `_generate`."""
+
+    __slots__ = ("chain", "dtype", "factor", "generators")
+
+    def __init__(self, dtype, chain, factor):
+        self.dtype, self.chain, self.factor, self.generators = dtype, chain, factor, {}
+
+
 class FactorCache:
     """V and T of a chain that does not change, for generation token by token.
 
@@ -60,16 +70,18 @@ class FactorCache:
 
     @staticmethod
     def factor(chain, dtype):
-        return _factor_chain(chain, dtype)
+        V, T = _factor_chain(chain, dtype)
+        # Column after column, as a product with a single row reads them.
+        return V.mT.contiguous().mT, T.contiguous()
 
     def get(self, chain, dtype):
         # One attribute, written once per miss, so that no thread sees a copy beside the factor of another.
         kept = self.kept
-        if kept is not None and kept[0] is dtype and _same_chain(chain, kept[1]):
-            return kept[2]
+        if kept is not None and kept.dtype is dtype and _same_chain(chain, kept.chain):
+            return kept.factor
         copies = [(u.detach().clone(), gs) for u, gs in chain]
         result = self.factor(copies, dtype)
-        self.kept = dtype, copies, result
+        self.kept = _Kept(dtype, copies, result)
         return result
 
 
@@ -164,7 +176,7 @@ def adapted_linear(x, base_layer, chain, precision="auto", cache=None, args=(), 
         y [..., N] in the dtype of the product (the caller casts as its framework does).
     """
     if cache is not None and not args and not kwargs and _undisturbed() and cache.kept is not None:
-        y = _generate(x, base_layer, chain, precision, cache.kept)
+        y = _generate(x, base_layer, chain, cache.kept)
         if y is not None:
             return y
     _check_input(x, chain)
@@ -173,7 +185,7 @@ def adapted_linear(x, base_layer, chain, precision="auto", cache=None, args=(), 
     working = torch.float64 if compute is torch.float64 else torch.float32
     V, T = _columns(chain, working, cache)
     if weight is not None and not args and not kwargs:
-        if precision != "fast" and compute in hh.HALF:
+        if (precision != "fast" and compute in hh.HALF) or _few_rows(x, compute):
             bias = _cast(base_layer.bias, compute)
             return hh.apply_factor_linear(x.to(compute), weight.to(compute), bias, V, T)
         if weight.dtype is not compute and (compute is torch.float64 or not _autocasting(x)):
@@ -182,6 +194,16 @@ def adapted_linear(x, base_layer, chain, precision="auto", cache=None, args=(), 
     rotated = x if _autocasting(x) and working is torch.float32 else x.to(compute)
     z = hh.apply_factor(rotated, V, T)
     return base_layer(_for_base(z, base_layer), *args, **(kwargs or {}))
+
+
+def _few_rows(x, compute):
+    """Whether one product of the rotated rows, unrounded, is the quickest in every precision: tokens of a generation.
+
+    So on the CPU, where the layer costs little more than its machinery and the library is not at its best.
+    """
+    if not x.is_cpu or compute is torch.float64 or torch.compiler.is_compiling():
+        return False
+    return x.numel() <= FEW_ROWS * x.shape[-1]
 
 
 def _undisturbed():
@@ -195,22 +217,30 @@ def _undisturbed():
     )
 
 
-def _generate(x, base_layer, chain, precision, kept):
-    """The same result from a kept factor, past autograd.Function and the dispatcher; None where it does not serve.
+def _generate(x, base_layer, chain, kept):
+    """A few tokens by a kept factor, past autograd.Function and the dispatcher; None where that does not serve.
 
-    One token through a narrow layer costs no more than the machinery that it would pass.
+    Through a narrow layer a token costs no more than the machinery that it would pass.
     """
-    if type(x) is not torch.Tensor or not x.is_cpu or (x.dtype is torch.float64) != (kept[0] is torch.float64):
+    weight, dtype = readable_weight(base_layer)[0], x.dtype
+    if weight is None or weight.dtype is not dtype or kept.dtype is torch.float64 or len(chain) != 1:
         return None
-    weight, parameters = readable_weight(base_layer)[0], base_layer._parameters
-    if weight is None or weight.dtype is not x.dtype or "bias" not in parameters or not _same_chain(chain, kept[1]):
+    (u, gs), (copy, kept_gs), bias = chain[0], kept.chain[0], base_layer._parameters.get("bias")
+    tensors = (x, u, weight) if bias is None else (x, u, weight, bias)
+    if gs != kept_gs or u.shape != copy.shape or u.dtype is not copy.dtype or x.shape[-1] != weight.shape[1]:
         return None
-    bias, (V, T) = parameters["bias"], kept[2]
-    if bias is not None and (type(bias) not in _PLAIN or bias.dtype is not x.dtype):
+    for t in tensors:
+        if type(t) not in _PLAIN or not t.is_cpu or not t.is_contiguous():
+            return None
+    if bias is not None and bias.dtype is not dtype:
         return None
-    if precision != "fast" and x.dtype in hh.HALF:
-        return contract.ROTATED_LINEAR._run(x, weight, bias, V, T)[0]
-    return F.linear(contract.ROTATE._run(x, V, T, False)[0], weight, bias)
+    V, T = kept.factor
+    serving = contract.ROTATED_LINEAR.serving(x, weight, bias, V, T)
+    if serving not in kept.generators:
+        generator = getattr(serving, "generator", None)
+        kept.generators[serving] = None if generator is None else generator(copy, V, T)
+    generate = kept.generators[serving]
+    return None if generate is None else generate(x, weight, bias, u)
 
 
 def _for_base(z, base_layer):

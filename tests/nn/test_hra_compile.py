@@ -70,7 +70,7 @@ def test_inductor_gives_eagers_numbers(dtype):
 def test_a_compiled_layer_follows_its_parameter_without_another_compilation(grad):
     layer = hra_linear()
     call, counter = compiled(layer)
-    x = torch.randn(4, 24)
+    x = torch.randn(5, 24)  # up to 4 rows eager code takes a product of its own
     with torch.set_grad_enabled(grad):
         outputs = []
         for _ in range(3):

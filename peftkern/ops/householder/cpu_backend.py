@@ -16,10 +16,12 @@ from peftkern.ops.householder import reference
 
 _library, _level, _reason = _native.cpu()
 
-# Up to here a product of float32 rows with W in place beats copying W for the library's; less without vectors.
-_FEW_ROWS = 12 if _level else 4
+# Up to here a product of float32 rows with W in place beats the library's, in half precision one that copies W or adds
+# an update to its result; less without vectors.
+_FEW_ROWS = {torch.float64: 0, torch.float32: 4, torch.bfloat16: 12 if _level else 4, torch.float16: 12 if _level else 4}
 
 _threads = torch.get_num_threads
+_empty = torch.empty
 
 
 def available():
@@ -98,14 +100,15 @@ def rotate_backward(dz, x, P, V, T, reverse, output_mask):
 
 
 def rotated_linear(x, weight, bias, V, T):
-    if x.dtype not in _HALF:
+    K, r = V.shape
+    M, N, few = x.numel() // K, weight.shape[0], _FEW_ROWS[x.dtype]
+    if M > few and x.dtype not in _HALF:
         z, P = rotate(x, V, T, False)
         return F.linear(z, weight, bias), P
-    K, r = V.shape
-    M, N, T = x.numel() // K, weight.shape[0], T.contiguous()
+    T = T.contiguous()
     rows, stride = _rows(x, K)
     W, W_stride = _rows(weight, K)
-    if M <= _FEW_ROWS:
+    if M <= few:
         P, y = V.new_empty(M, r), x.new_empty(*x.shape[:-1], N)
         b = None if bias is None else bias.contiguous()
         # fmt: off
@@ -126,6 +129,35 @@ def rotated_linear(x, weight, bias, V, T):
     else:
         y = torch.ops.mkldnn._linear_pointwise.binary(x.reshape(M, K), y, weight, bias, "add")
     return y.view(*x.shape[:-1], N), P
+
+
+class Generator:
+    """y of `rotated_linear` for a few rows by a (V, T) that was made of `kept`, in one native call per token.
+
+    Called with x [..., K], weight [N, K], bias [N] or None and u, all contiguous. None where u no longer has the very
+    bits of `kept`, or there are more rows than this serves.
+    """
+
+    def __init__(self, kept, V, T):
+        self._alive = kept, V, T
+        self._kept = kept.data_ptr(), kept.numel() * kept.element_size()
+        self._columns = *_factor(V), T.data_ptr()
+
+    def __call__(self, x, weight, bias, u):
+        (N, K), dtype = weight.shape, x.dtype
+        M = x.numel() // K
+        if M > _FEW_ROWS[dtype]:
+            return None
+        y = _empty((*x.shape[:-1], N), dtype=dtype)
+        # fmt: off
+        same = _library.generate(_level, _threads(), u.data_ptr(), *self._kept, x.data_ptr(), _CODES[dtype], M, K,
+                                 weight.data_ptr(), N, K, 0 if bias is None else bias.data_ptr(), *self._columns,
+                                 y.data_ptr())
+        # fmt: on
+        return y if same else None
+
+
+rotated_linear.generator = Generator
 
 
 def _adds_in_one_accumulator(dtype, K, r):
