@@ -18,7 +18,7 @@ _library, _level, _reason = _native.cpu()
 
 # Up to here a product of float32 rows with W in place beats the library's, in half precision one that copies W or adds
 # an update to its result; less without vectors.
-_FEW_ROWS = {torch.float64: 0, torch.float32: 4, torch.bfloat16: 12 if _level else 4, torch.float16: 12 if _level else 4}
+_FEW_ROWS = {torch.float64: 0, torch.float32: 4, **dict.fromkeys(_HALF, 12 if _level else 4)}
 
 _threads = torch.get_num_threads
 _empty = torch.empty
@@ -99,16 +99,20 @@ def rotate_backward(dz, x, P, V, T, reverse, output_mask):
     return dx, dV, dT
 
 
+def _few(rows, dtype):
+    return rows <= _FEW_ROWS[dtype]
+
+
 def rotated_linear(x, weight, bias, V, T):
     K, r = V.shape
-    M, N, few = x.numel() // K, weight.shape[0], _FEW_ROWS[x.dtype]
-    if M > few and x.dtype not in _HALF:
+    M, N = x.numel() // K, weight.shape[0]
+    if x.dtype not in _HALF and not _few(M, x.dtype):
         z, P = rotate(x, V, T, False)
         return F.linear(z, weight, bias), P
     T = T.contiguous()
     rows, stride = _rows(x, K)
     W, W_stride = _rows(weight, K)
-    if M <= few:
+    if _few(M, x.dtype):
         P, y = V.new_empty(M, r), x.new_empty(*x.shape[:-1], N)
         b = None if bias is None else bias.contiguous()
         # fmt: off
@@ -146,7 +150,7 @@ class Generator:
     def __call__(self, x, weight, bias, u):
         (N, K), dtype = weight.shape, x.dtype
         M = x.numel() // K
-        if M > _FEW_ROWS[dtype]:
+        if not _few(M, dtype):
             return None
         y = _empty((*x.shape[:-1], N), dtype=dtype)
         # fmt: off
