@@ -82,24 +82,29 @@ __device__ inline int64_t packed_at(int row, int column, int b) {
   return int64_t(row) * (2 * b - row - 1) / 2 + column - row - 1;
 }
 
-// Q of a block's parameter.
 template <typename M, typename T>
-__device__ void load_skew(M& Q, const BlockMap& a) {
+__device__ void load_matrix(M& to, const void* from, const BlockMap& a) {
+  to.fill(a.b,
+          [&](int row, int column, T) { return T(number(a, from, (int64_t(blockIdx.x) * a.b + row) * a.b + column)); });
+}
+
+// Q of a block's parameter, by way of shared memory for the transpose.
+template <typename M, typename T>
+__device__ void load_skew(M& Q, T* shared, const BlockMap& a) {
   const int64_t block = blockIdx.x;
   if (a.packed) {
     const int64_t first = block * (int64_t(a.b) * (a.b - 1) / 2);
     Q.fill(a.b, [&](int row, int column, T) {
-      if (row == column) return T(0);
-      return row < column ? T(number(a, a.q, first + packed_at(row, column, a.b)))
-                          : -T(number(a, a.q, first + packed_at(column, row, a.b)));
+      return row < column ? T(number(a, a.q, first + packed_at(row, column, a.b))) : T(0);
     });
   } else {
-    const int64_t first = block * a.b * a.b;
-    Q.fill(a.b, [&](int row, int column, T) {
-      const double upper = number(a, a.q, first + row * a.b + column);
-      return T((upper - number(a, a.q, first + column * a.b + row)) / 2);
-    });
+    load_matrix<M, T>(Q, a.q, a);
   }
+  Q.share(shared);
+  Q.fill(a.b, [&](int row, int column, T v) {
+    const T difference = v - shared[column * M::kStride + row];
+    return a.packed ? difference : difference / 2;
+  });
 }
 
 // The gradient in the parameter of the gradient in Q, which is shared for its transpose.
@@ -120,12 +125,6 @@ __device__ void store_skew(const M& dQ, T* shared, const BlockMap& a) {
 }
 
 template <typename M, typename T>
-__device__ void load_matrix(M& to, const void* from, const BlockMap& a) {
-  to.fill(a.b,
-          [&](int row, int column, T) { return T(number(a, from, (int64_t(blockIdx.x) * a.b + row) * a.b + column)); });
-}
-
-template <typename M, typename T>
 __device__ void store_matrix(M& R, const BlockMap& a) {
   R.fill(a.b, [&](int row, int column, T value) {
     store(a, (int64_t(blockIdx.x) * a.b + row) * a.b + column, value);
@@ -140,7 +139,7 @@ __global__ void __launch_bounds__(kSide* kSide) skew_polynomial_kernel(const __g
   T *Q = reinterpret_cast<T*>(shared), *X = Q + M::kSize;
   const int degree = a.terms - 1;
   M R;
-  load_skew<M, T>(R, a);
+  load_skew<M, T>(R, X, a);
   R.share(Q);
   const T last = a.coefficients[degree], next = degree > 0 ? a.coefficients[degree - 1] : 0;
   R.fill(a.b, [&](int row, int column, T q) {
@@ -162,7 +161,7 @@ __global__ void __launch_bounds__(kSide* kSide) skew_polynomial_backward_kernel(
   const int degree = a.terms - 1;
   const T last = a.coefficients[degree];
   M x, sum;
-  load_skew<M, T>(x, a);
+  load_skew<M, T>(x, X, a);
   x.share(Q);
   load_matrix<M, T>(sum, a.dR, a);
   if (degree > 1) sum.share(dR);
@@ -190,7 +189,8 @@ __global__ void __launch_bounds__(kSide* kSide) cayley_kernel(const __grid_const
   __shared__ double rows[2][M::kRows], columns[2][M::kRows];
   const int y = M::y(), x = M::x();
   M R;
-  load_skew<M, double>(R, a);
+  extern __shared__ __align__(16) char shared[];
+  load_skew<M, double>(R, reinterpret_cast<double*>(shared), a);
   R.fill(a.b, [](int row, int column, double q) { return q + (row == column); });
   int turn = 0;
 #pragma unroll
@@ -242,7 +242,7 @@ static int run_map(const BlockMap& a, bool backward, void* stream) {
   const dim3 grid(static_cast<unsigned>(a.S));
   if (a.terms == 0) {
     return backward ? launch(cayley_backward_kernel<kSide, kTile>, grid, threads, 2 * kDouble, stream, a)
-                    : launch(cayley_kernel<kSide, kTile>, grid, threads, 0, stream, a);
+                    : launch(cayley_kernel<kSide, kTile>, grid, threads, kDouble, stream, a);
   }
   if (a.is_double) {
     return backward

@@ -146,8 +146,10 @@ struct BlockOperand {
           float sum[4] = {};
 #pragma unroll
           for (int h = 0; h < kRun; h++) {
-            const uint32_t* b = at[first + h][i][0];
-            mma_split(sum, high[h], low[h], __uint_as_float(b[0]), __uint_as_float(b[1]));
+            float b0 = __uint_as_float(at[first + h][i][0][0]), b1 = __uint_as_float(at[first + h][i][0][1]);
+            // Else both terms of every number would be made before the loop over rows, and not fit the registers.
+            asm volatile("" : "+f"(b0), "+f"(b1));
+            mma_split(sum, high[h], low[h], b0, b1);
           }
 #pragma unroll
           for (int j = 0; j < 4; j++) z[Tile::tile(first) + i][j] += sum[j];
@@ -179,7 +181,7 @@ struct BlockOuter {
     if constexpr (Tile::kHalf) {
       left += (lane % 8 + lane / 16 * 8) * Tile::kStride + lane / 8 % 2 * 8;
       right += lane % 16 * Tile::kStride + lane / 16 * 8;
-#pragma unroll
+#pragma unroll 1
       for (int begin = 0; begin < kTileRows; begin += 32) {
         uint32_t a[kM][2][4], b[kN / 2][2][4];
 #pragma unroll
@@ -211,7 +213,7 @@ struct BlockOuter {
     } else {
       left += lane % 4 * Tile::kStride + lane / 4;
       right += lane % 4 * Tile::kStride + lane / 4;
-#pragma unroll
+#pragma unroll 1
       for (int begin = 0; begin < kTileRows; begin += 16) {
         uint32_t high[kM][2][4], low[kM][2][4];
 #pragma unroll

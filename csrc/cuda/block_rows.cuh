@@ -26,21 +26,22 @@ constexpr int kBlockThreads = 128;
 // 64 rows of a panel into shared memory by copies of kPiece bytes; what is no number of a group, or beyond `end`, is 0.
 template <int kPiece, typename X, int P>
 __device__ inline void copy_panel(X* to, const void* rows, int64_t stride, int64_t row0, int64_t end, int n, int G) {
-  constexpr int kElements = kPiece / int(sizeof(X)), kPieces = kPanel / kElements;
+  constexpr int kElements = kPiece / int(sizeof(X)), kPieces = kPanel / kElements, kRows = kBlockThreads / kPieces;
+  const int row = threadIdx.x / kPieces, column = threadIdx.x % kPieces * kElements;
+  const int group = int(blockIdx.x) * (kPanel / P) + column / P, within = column % P;
+  const X* base = static_cast<const X*>(rows);
+  const X* from = base + (row0 + row) * stride + int64_t(group) * G + within;
+  const int left = group < n && within < G ? int(min(end - row0, int64_t(kTileRows))) - row : 0;
+  to += row * BlockTile<X, P>::kStride + column;
 #pragma unroll 4
-  for (int i = threadIdx.x; i < kTileRows * kPieces; i += kBlockThreads) {
-    const int row = i / kPieces, column = i % kPieces * kElements;
-    const int group = int(blockIdx.x) * (kPanel / P) + column / P, within = column % P;
-    const bool inside = row0 + row < end && group < n && within < G;
-    const X* base = static_cast<const X*>(rows);
-    const X* from = inside ? base + (row0 + row) * stride + int64_t(group) * G + within : base;
-    X* place = to + row * BlockTile<X, P>::kStride + column;
+  for (int i = 0; i < kTileRows; i += kRows, from += kRows * stride, to += kRows * BlockTile<X, P>::kStride) {
+    const bool inside = i < left;
     if constexpr (kPiece == 16) {
-      copy_async_16(place, from, inside ? 16 : 0);
+      copy_async_16(to, inside ? from : base, inside ? 16 : 0);
     } else if constexpr (kPiece == 4) {
-      copy_async_4(place, from, inside ? 4 : 0);
+      copy_async_4(to, inside ? from : base, inside ? 4 : 0);
     } else {
-      *place = inside ? *from : X(0.0f);
+      *to = inside ? *from : X(0.0f);
     }
   }
 }
@@ -122,7 +123,7 @@ __device__ inline void rotate_tile(const BlockOperand<X, P>& D, const X* rows, i
                                    const BlockRows& a) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, slice = warp % 2, half = warp / 2;
   const int64_t width = int64_t(a.n) * a.G;
-#pragma unroll
+#pragma unroll 1
   for (int m = 0; m < 2; m++) {
     const int first = 32 * half + 16 * m;
     float z[4][4] = {};
@@ -181,6 +182,7 @@ __global__ void __launch_bounds__(kBlockThreads) block_rotate_kernel(const __gri
     }
     copy_commit();
   };
+#pragma unroll 1
   for (int step = 0; step < kStages - 1; step++) fetch(step);
   BlockOperand<X, P> D;
   load_operand(D, a);
@@ -215,6 +217,7 @@ __global__ void __launch_bounds__(kBlockThreads) block_rotate_backward_kernel(co
     }
     copy_commit();
   };
+#pragma unroll 1
   for (int step = 0; step < kStages - 1; step++) fetch(step);
   BlockOperand<X, P> D;
   if (a.z != nullptr) load_operand(D, a);

@@ -58,10 +58,21 @@ __global__ void __launch_bounds__(32 * kScaleWarps) scale_outputs_kernel(const _
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int column = (blockIdx.x * 32 + lane) * kColumns, left = a.N - column;
   const int64_t begin = int64_t(blockIdx.y) * a.chunk_rows, end = min(begin + a.chunk_rows, a.M);
-  W scale[kColumns], bias[kColumns], sum[kColumns] = {};
+  alignas(16) W scale[kColumns];
+  W bias[kColumns], sum[kColumns] = {};
+  if (a.wide && left > 0) {
+    constexpr int kPiece = kLaneColumns<W>;
+#pragma unroll
+    for (int i = 0; i < kColumns; i += kPiece) {
+      *reinterpret_cast<uint4*>(scale + i) =
+          *reinterpret_cast<const uint4*>(static_cast<const W*>(a.scale) + column + i);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kColumns; i++) scale[i] = i < left ? static_cast<const W*>(a.scale)[column + i] : W(0);
+  }
 #pragma unroll
   for (int i = 0; i < kColumns; i++) {
-    scale[i] = i < left ? static_cast<const W*>(a.scale)[column + i] : W(0);
     bias[i] = i < left && a.bias != nullptr ? W(static_cast<const X*>(a.bias)[column + i]) : W(0);
   }
   const X *from = static_cast<const X*>(a.y) + column, *low = static_cast<const X*>(a.low) + column;
@@ -92,14 +103,15 @@ __global__ void __launch_bounds__(32 * kScaleWarps) scale_outputs_kernel(const _
   }
   if constexpr (kBackward) {
     if (a.partial == nullptr) return;
-    __shared__ W sums[kScaleWarps][32 * kColumns];
+    constexpr int kStride = 32 + 32 / kColumns;  // no bank is met twice, neither way
+    __shared__ W sums[kScaleWarps][kColumns * kStride];
 #pragma unroll
-    for (int i = 0; i < kColumns; i++) sums[warp][i * 32 + lane] = sum[i];
+    for (int i = 0; i < kColumns; i++) sums[warp][i * kStride + lane] = sum[i];
     __syncthreads();
     const int first = blockIdx.x * 32 * kColumns;
     for (int i = threadIdx.x; i < 32 * kColumns && first + i < a.N; i += 32 * kScaleWarps) {
       W total = 0;
-      for (int w = 0; w < kScaleWarps; w++) total += sums[w][i % kColumns * 32 + i / kColumns];
+      for (int w = 0; w < kScaleWarps; w++) total += sums[w][i % kColumns * kStride + i / kColumns];
       static_cast<W*>(a.partial)[int64_t(blockIdx.y) * a.N + first + i] = total;
     }
   }
@@ -121,7 +133,7 @@ static int run_scale(Dtype dtype, OutputScale a, bool backward, void* stream) {
   const dim3 grid(panels(sizeof(X), a.N), chunks);
   a.chunk_rows = (a.M + chunks - 1) / chunks;
   a.wide = a.N % kLaneColumns<X> == 0 && wide(a.y, a.y_stride, sizeof(X)) && wide(a.low, 0, sizeof(X)) &&
-           wide(a.z, 0, sizeof(X)) && wide(a.dy, a.dy_stride, sizeof(X));
+           wide(a.z, 0, sizeof(X)) && wide(a.scale, 0, 4) && wide(a.dy, a.dy_stride, sizeof(X));
   return backward ? launch(scale_outputs_kernel<X, true>, grid, 32 * kScaleWarps, 0, stream, a)
                   : launch(scale_outputs_kernel<X, false>, grid, 32 * kScaleWarps, 0, stream, a);
 }

@@ -41,22 +41,25 @@ struct StageMemory {
   __device__ T* tile(int i) const { return tiles + i * kStageRows * (G + 1); }
   static int bytes(int G, int b, int tiles) { return (G * (b + 1) + tiles * kStageRows * (G + 1)) * int(sizeof(T)); }
 
-  // The blocks of one stage of one group; all threads wait before and after.
-  __device__ void load(const T* R) {
+  // The blocks of one stage of one group, or their transposes; all threads wait before and after.
+  __device__ void load(const T* R, bool transpose) {
     __syncthreads();
-    for (int i = threadIdx.x; i < G * b; i += kStageThreads) blocks[block(i / (b * b)) + i % (b * b)] = R[i];
+    for (int i = threadIdx.x; i < G * b; i += kStageThreads) {
+      const int row = i / b % b, column = i % b;
+      blocks[block(i / (b * b)) + (transpose ? column * b + row : row * b + column)] = R[i];
+    }
     __syncthreads();
   }
 
-  // to = from B_s, or from B_s^T.
-  __device__ void apply(const T* from, T* to, Stage stage, bool transpose) const {
+  // to = from times the stage that was loaded.
+  __device__ void apply(const T* from, T* to, Stage stage) const {
     for (int item = threadIdx.x; item < G * (kStageRows / kThreadRows); item += kStageThreads) {
       const int column = item % G, row0 = item / G * kThreadRows;
       const int2 at = stage.of(column);
-      const T* R = blocks + block(at.x) + at.y * (transpose ? b : 1);
+      const T* R = blocks + block(at.x) + at.y;
       T sum[kThreadRows] = {};
       for (int k = 0; k < b; k++) {
-        const T r = R[k * (transpose ? 1 : b)];
+        const T r = R[k * b];
         const T* v = from + row0 * (G + 1) + stage.column(at.x, k);
 #pragma unroll
         for (int i = 0; i < kThreadRows; i++) sum[i] += v[i * (G + 1)] * r;
@@ -82,8 +85,8 @@ __global__ void __launch_bounds__(kStageThreads) butterfly_product_kernel(const 
   const T* R = static_cast<const T*>(a.R) + int64_t(group) * G * a.b;
   memory.identity(memory.tile(0), row0);
   for (int s = a.f - 1; s >= 0; s--) {
-    memory.load(R + int64_t(s) * a.n * G * a.b);
-    memory.apply(memory.tile((a.f - 1 - s) % 2), memory.tile((a.f - s) % 2), {a.b, s}, false);
+    memory.load(R + int64_t(s) * a.n * G * a.b, false);
+    memory.apply(memory.tile((a.f - 1 - s) % 2), memory.tile((a.f - s) % 2), {a.b, s});
   }
   __syncthreads();
   T* D = static_cast<T*>(a.D) + int64_t(group) * G * G;
@@ -116,12 +119,12 @@ __global__ void __launch_bounds__(kStageThreads) butterfly_product_backward_kern
     }
     memory.identity(memory.tile(u), row0);
     for (int s = 0; s < stage; s++, g ^= 1) {
-      memory.load(R + s * stage_stride);
-      memory.apply(memory.tile(g), memory.tile(g ^ 1), {a.b, s}, true);
+      memory.load(R + s * stage_stride, true);
+      memory.apply(memory.tile(g), memory.tile(g ^ 1), {a.b, s});
     }
     for (int s = a.f - 1; s > stage; s--, u ^= 1) {
-      memory.load(R + s * stage_stride);
-      memory.apply(memory.tile(u), memory.tile(u ^ 1), {a.b, s}, false);
+      memory.load(R + s * stage_stride, false);
+      memory.apply(memory.tile(u), memory.tile(u ^ 1), {a.b, s});
     }
     __syncthreads();
     const Stage at{a.b, stage};

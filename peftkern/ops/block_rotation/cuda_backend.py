@@ -93,11 +93,11 @@ class _Groups:
             self._run_stages(self.D, None, None, 0)
 
     def _run_stages(self, D, dD, dR, chunks):
+        matrices = (0 if t is None else t.data_ptr() for t in (self.R, D, dD, dR))
         with _cuda.guard(self.R):
             _cuda.library().butterfly_stages(
-                self.R.dtype is torch.float64, self.R.data_ptr(), *(0 if t is None else t.data_ptr() for t in (D, dD, dR)),
-                chunks, self.n, self.b, self.f, _cuda.stream(self.R),
-            )  # fmt: skip
+                self.R.dtype is torch.float64, *matrices, chunks, self.n, self.b, self.f, _cuda.stream(self.R)
+            )
 
     def gradient(self, partial):
         """dR of partial sums [chunks, n, G, G] of the gradient in D."""
