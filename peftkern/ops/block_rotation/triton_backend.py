@@ -8,11 +8,13 @@ import functools
 import importlib
 
 import torch
+import torch.nn.functional as F
 
 from peftkern.ops import _triton
-from peftkern.ops._rows import like_rows, rows
+from peftkern.ops._rows import HALF, like_rows, rows
 from peftkern.ops.block_rotation import triton_tiles as tiles
 from peftkern.ops.block_rotation.contract import block_size
+from peftkern.ops.householder import triton_tiles
 from peftkern.ops.householder.triton_backend import _gathered as gathered
 
 
@@ -46,6 +48,8 @@ _mixed = {
     "skew_cayley_backward": lambda dR, R: (torch.float64, R.shape[1]),
     "block_rotate": lambda x, R, transpose: (x.dtype, R.shape[1]),
     "block_rotate_backward": lambda dz, x, R, *_: (x.dtype, R.shape[1]),
+    "block_rotated_linear": lambda x, weight, bias, R: (x.dtype, R.shape[1]),
+    "block_rotated_linear_backward": lambda dy, x, weight, R, output_mask: (x.dtype, R.shape[1]),
 }
 
 
@@ -176,3 +180,36 @@ def block_rotate_backward(dz, x, R, transpose, output_mask):
         return like_rows(x) if want_dx else x.new_empty(0), R.new_zeros(R.shape if want_dR else 0)
     dx, partial = rotate_backward(dz, x, R, transpose, output_mask)
     return dx if want_dx else x.new_empty(0), gathered(partial) if want_dR else R.new_empty(0)
+
+
+def linear_of_terms(z, weight, bias, scale):
+    """y = s (z_h + z_l) W^T + b and p, the same without s and b (y itself where there is neither), [M, N]."""
+    (W, W_stride), (_, M, K), N = rows(weight, weight.shape[1]), z.shape, weight.shape[0]
+    if scale is None and bias is None:
+        # The rounding of z_l W^T is 2^-9 of 2^-9: the library may add to it in its accumulator.
+        y = z[1] @ weight.mT
+        return y.addmm_(z[0], weight.mT), None
+    family = _triton.family()
+    tile, y = tiles.linear(family, M), z.new_empty(M, N)
+    p = z.new_empty(M, N) if scale is not None else None
+    if M:
+        _kernels().linear_kernel[(_cdiv(M, tile.rows) * _cdiv(N, tile.cols),)](
+            z, W, W if scale is None else scale.contiguous(), W if bias is None else bias.contiguous(), y,
+            y if p is None else p, M, N, K, W_stride, M * K, scale is not None, bias is not None, tile.rows, tile.cols,
+            tile.depth, triton_tiles.GROUP, _aligned(K, W_stride), tile.stages, num_warps=tile.warps,
+            num_stages=tile.stages,
+        )  # fmt: skip
+    return y, p
+
+
+def block_rotated_linear(x, weight, bias, R):
+    if weight.dtype not in HALF:
+        return F.linear(block_rotate(x, R, False), weight, bias)
+    (N, K), M = weight.shape, x.numel() // weight.shape[1]
+    with _triton.guard(x):
+        z = rotate_to(x, R, False, 2, weight.new_empty(2, M, K), K, M * K)
+        return linear_of_terms(z, weight, bias, None)[0].view(*x.shape[:-1], N)
+
+
+def block_rotated_linear_backward(dy, x, weight, R, output_mask):
+    return block_rotate_backward(dy.matmul(weight).to(x.dtype), x, R, False, output_mask)

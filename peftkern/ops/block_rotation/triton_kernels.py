@@ -12,13 +12,7 @@ new sum every tile and adds it to the accumulator outside (rounded to nearest).
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _eights(n, ALIGNED: tl.constexpr):
-    """n, which the caller knows to be a multiple of 8, in a form that shows it to the compiler."""
-    if ALIGNED:
-        return n // 8 * 8
-    return n
+from peftkern.ops.householder.triton_kernels import _eights, _tile
 
 
 @triton.jit
@@ -160,3 +154,35 @@ def rotate_backward_kernel(
         else:
             o_b += i_s * (K // B) + start // B
         tl.store(p_dr + (o_b.to(tl.int64) * B + o_i) * B + o_j, b_dr, mask=inside)
+
+
+@triton.jit
+def linear_kernel(
+    p_z, p_w, p_s, p_b, p_y, p_p, M, N, K, s_w, step_z,
+    WITH_S: tl.constexpr, WITH_B: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    GROUP: tl.constexpr, ALIGNED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """p = (z_h + z_l) W^T in one accumulator, y = s p + b, each rounded once; p only where there is a scale.
+
+    Launch: (M / BM)(N / BN) programs, grouped. Flops: 4 MNK. Bytes: z_h, z_l N / BN times, W M / BM times (from L2),
+    y and p once.
+    """
+    i_m, i_n = _tile(tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
+    K, s_w = _eights(K, ALIGNED), _eights(s_w, ALIGNED)
+    o_m, o_n = (i_m * BM + tl.arange(0, BM)).to(tl.int64), (i_n * BN + tl.arange(0, BN)).to(tl.int64)
+    o_k = tl.arange(0, BK)
+    m_m, m_n = o_m[:, None] < M, o_n[None, :] < N
+    p_zs, p_ws = p_z + o_m[:, None] * K + o_k[None, :], p_w + o_n[None, :] * s_w + o_k[:, None]
+    b_y = tl.zeros((BM, BN), tl.float32)
+    for k in tl.range(0, K, BK, num_stages=STAGES):
+        m_z = m_m & (k + o_k[None, :] < K)
+        b_w = tl.load(p_ws + k, mask=(k + o_k[:, None] < K) & m_n, other=0.0)
+        b_y = dot(tl.load(p_zs + step_z + k, mask=m_z, other=0.0), b_w, b_y)
+        b_y = dot(tl.load(p_zs + k, mask=m_z, other=0.0), b_w, b_y)
+    o_y, mask = o_m[:, None] * N + o_n[None, :], m_m & m_n
+    if WITH_S:
+        tl.store(p_p + o_y, b_y.to(p_p.dtype.element_ty), mask=mask)
+        b_y *= tl.load(p_s + o_n, mask=o_n < N, other=0.0)[None, :]
+    if WITH_B:
+        b_y += tl.load(p_b + o_n, mask=o_n < N, other=0.0).to(tl.float32)[None, :]
+    tl.store(p_y + o_y, b_y.to(p_y.dtype.element_ty), mask=mask)

@@ -41,6 +41,14 @@ def _store_skew(p_dq, b_dq, o_b, o_i, o_j, inside, B: tl.constexpr, DENSE: tl.co
 
 
 @triton.jit
+def _coefficient(C: tl.constexpr, N: tl.constexpr, k):
+    c = 0.0
+    for i in tl.static_range(N):
+        c = tl.where(k == i, C[i], c)
+    return c
+
+
+@triton.jit
 def _identity(P: tl.constexpr, dtype: tl.constexpr):
     return tl.where(tl.arange(0, P)[:, None] == tl.arange(0, P)[None, :], 1.0, 0.0).to(dtype)
 
@@ -54,11 +62,11 @@ def polynomial_kernel(p_q, p_r, K, C: tl.constexpr, D: tl.constexpr, B: tl.const
     b_q = _skew(p_q, o_b, o_i, o_j, inside, B, False)
     b_eye = _identity(P, b_q.dtype)
     b_r = b_eye * C[D]
-    for i in tl.static_range(D):
-        if i == 0:
-            b_r = b_eye * C[D - 1] + b_q * C[D]
-        else:
-            b_r = b_eye * C[D - 1 - i] + dot(b_q, b_r, tl.zeros((P, P), b_q.dtype))
+    if D > 0:
+        b_r = b_eye * C[D - 1] + b_q * C[D]
+    for i in range(2, D + 1):
+        c = _coefficient(C, D + 1, D - i).to(b_q.dtype)
+        b_r = b_eye * c + dot(b_q, b_r, tl.zeros((P, P), b_q.dtype))
     tl.store(p_r + (o_b.to(tl.int64) * B + o_i) * B + o_j, b_r, mask=inside)
 
 
@@ -76,12 +84,11 @@ def polynomial_backward_kernel(
     b_q = -_skew(p_q, o_b, o_i, o_j, inside, B, False)
     b_l = tl.load(p_dr + (o_b.to(tl.int64) * B + o_i) * B + o_j, mask=inside, other=0.0)
     b_y = b_l
-    b_dq = tl.zeros((P, P), b_q.dtype)
-    for j in tl.static_range(1, D + 1):
-        b_dq += b_y * C[j]
-        if j < D:
-            b_l = dot(b_q, b_l, tl.zeros((P, P), b_q.dtype))
-            b_y = dot(b_y, b_q, b_l)
+    b_dq = b_y * C[1] if D > 0 else b_y * 0.0
+    for j in range(2, D + 1):
+        b_l = dot(b_q, b_l, tl.zeros((P, P), b_q.dtype))
+        b_y = dot(b_y, b_q, b_l)
+        b_dq += b_y * _coefficient(C, D + 1, j).to(b_q.dtype)
     _store_skew(p_dq, b_dq, o_b, o_i, o_j, inside, B, False)
 
 

@@ -65,3 +65,24 @@ def inverses(b):
     """
     size = max(2, 1 << (b - 1).bit_length())
     return size, max(1, 1024 // (size * size)), 1 if size <= 32 else 4
+
+
+class LinearTile(NamedTuple):
+    rows: int  # of z
+    cols: int  # rows of W
+    depth: int
+    warps: int
+    stages: int
+
+
+def linear(family, M):
+    """Of y = s (z_h + z_l) W^T + b."""
+    small = next((rows for rows in (16, 32, 64) if rows >= M), None)
+    if small:
+        return LinearTile(small, 64, 64, 4, 2 if family in ("gfx942", "generic") else 3)
+    return {
+        "sm90": LinearTile(128, 256, 64, 8, 3),
+        "sm100": LinearTile(128, 256, 64, 8, 2),
+        "gfx942": LinearTile(128, 128, 32, 8, 2),
+        "generic": LinearTile(64, 64, 32, 4, 1),
+    }.get(family, LinearTile(128, 128, 32, 8, 3))

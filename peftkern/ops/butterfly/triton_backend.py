@@ -8,9 +8,10 @@ import functools
 import importlib
 
 import torch
+import torch.nn.functional as F
 
 from peftkern.ops import _triton
-from peftkern.ops._rows import like_rows, rows
+from peftkern.ops._rows import HALF, like_rows, rows
 from peftkern.ops.block_rotation import triton_backend as blocks
 from peftkern.ops.block_rotation import triton_tiles as tiles
 from peftkern.ops.block_rotation.triton_backend import _aligned, _cdiv
@@ -44,6 +45,8 @@ _mixed = {
     "dense_cayley_backward": lambda dR, R: (torch.float64, R.shape[-1]),
     "butterfly_rotate": lambda x, R, transpose: (x.dtype, _group(R)),
     "butterfly_rotate_backward": lambda dz, x, R, *_: (x.dtype, _group(R)),
+    "butterfly_rotated_linear": lambda x, weight, bias, scale, R: (x.dtype, _group(R)),
+    "butterfly_rotated_linear_backward": lambda dy, x, weight, scale, p, R, *_: (x.dtype, _group(R)),
     "scale_outputs": lambda y, *_: (y.dtype, 1),
     "scale_outputs_backward": lambda dy, *_: (dy.dtype, 1),
 }
@@ -147,3 +150,30 @@ def scale_outputs_backward(dy, y, scale, bias, output_mask):
             _aligned(N, dy_stride, stride), num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
         return dp, blocks.gathered(partial) if want_scale else scale.new_empty(0)
+
+
+def butterfly_rotated_linear(x, weight, bias, scale, R):
+    (N, K), M = weight.shape, x.numel() // weight.shape[1]
+    if weight.dtype in HALF:
+        with _triton.guard(x):
+            z = rotate_to(x, R, False, 2, weight.new_empty(2, M, K), K, M * K)
+            y, p = blocks.linear_of_terms(z, weight, bias, scale)
+        shape = (*x.shape[:-1], N)
+        return y.view(shape), weight.new_empty(0) if p is None else p.view(shape)
+    p = F.linear(butterfly_rotate(x, R, False), weight, bias if scale is None else None)
+    if scale is None:
+        return p, weight.new_empty(0)
+    y = scale_outputs(p, scale, None)
+    return y if bias is None else y.add_(bias), p
+
+
+def butterfly_rotated_linear_backward(dy, x, weight, scale, p, R, output_mask):
+    want_dx, want_scale, want_dR = output_mask
+    dscale = R.new_empty(0)
+    if scale is not None:
+        mask = want_dx or want_dR, want_scale
+        dy, dscale = scale_outputs_backward(dy, p if want_scale else dy, scale, None, mask)
+    if not want_dx and not want_dR:
+        return x.new_empty(0), dscale, R.new_empty(0)
+    dx, dR = butterfly_rotate_backward(dy.matmul(weight).to(x.dtype), x, R, False, (want_dx, want_dR))
+    return dx, dscale, dR

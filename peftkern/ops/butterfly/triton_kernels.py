@@ -11,7 +11,8 @@ Multiplied out, a group's stages are one product of 2 G flops per number on tens
 import triton
 import triton.language as tl
 
-from peftkern.ops.block_rotation.triton_kernels import _eights, dot
+from peftkern.ops.block_rotation.triton_kernels import dot
+from peftkern.ops.householder.triton_kernels import _eights
 
 
 @triton.jit
