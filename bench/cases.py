@@ -15,6 +15,8 @@ DTYPES = {
     # PEFT's default on a half-precision model: the adapter stays in fp32.
     "bf16+fp32": (torch.bfloat16, torch.float32),
 }
+ROTATING = ("oft", "boft")
+OPERATION = "op:"
 # Step sizes of the reflection pairs that follow PEFT's identity initialisation, relative to the vectors.
 TRAINED_PAIR_GAP = 0.1
 
@@ -25,7 +27,8 @@ class Case:
 
     kind: "linear" (forward + backward), "gram_schmidt" (the same with PEFT's apply_GS=True), "decode" (forward of one
     token under no_grad), "conv" (forward + backward of a 3 x 3 convolution, padding 1), "oft" or "boft" (forward +
-    backward of a linear layer whose input is rotated in blocks of r, by `factors` butterfly factors).
+    backward of a linear layer whose input is rotated in blocks of r, by `factors` butterfly factors); or "op:" and the
+    name of an operation that is timed alone, at the shapes of a layer of the kind `of`.
     width_in, width_out: features, or channels of a convolution. tokens: rows of x; for a convolution batch * image**2.
     """
 
@@ -39,6 +42,17 @@ class Case:
     batch: int = 0
     image: int = 0
     factors: int = 1
+    of: str = ""
+
+    @property
+    def operation(self) -> str | None:
+        """The operation that is timed alone."""
+        return self.kind.removeprefix(OPERATION) if self.kind.startswith(OPERATION) else None
+
+    @property
+    def layer(self) -> str:
+        """The kind of layer, also of an operation timed alone."""
+        return self.of or self.kind
 
     @property
     def base_dtype(self) -> torch.dtype:
@@ -58,14 +72,14 @@ class Case:
 
     @property
     def rotates(self) -> bool:
-        """An OFT or BOFT layer."""
-        return self.kind in ("oft", "boft")
+        """OFT or BOFT."""
+        return self.layer in ROTATING
 
     @property
     def id(self) -> str:
         shape = f"{self.width_in}x{self.width_out}"
         rows = f"n{self.batch}-{self.image}x{self.image}" if self.kind == "conv" else f"t{self.tokens}"
-        size = f"r{self.r}" if not self.rotates else f"b{self.r}" + (f"f{self.factors}" if self.kind == "boft" else "")
+        size = f"r{self.r}" if not self.rotates else f"b{self.r}" + (f"f{self.factors}" if self.layer == "boft" else "")
         return f"{self.kind}-{shape}-{rows}-{size}-{self.dtype}"
 
     @property
@@ -77,9 +91,17 @@ class Case:
             rows = f"{self.tokens} token{'s' if self.tokens != 1 else ''}"
         dtype = {"fp32": "fp32", "bf16": "bf16", "bf16+fp32": "bf16 + fp32 adapter"}[self.dtype]
         if self.rotates:
-            factors = f", {self.factors} factor{'s' if self.factors != 1 else ''}" if self.kind == "boft" else ""
-            return f"{self.kind.upper()}, {shape}, {rows}, blocks of {self.r}{factors}, {dtype}"
+            factors = f", {self.factors} factor{'s' if self.factors != 1 else ''}" if self.layer == "boft" else ""
+            name = "" if self.of else f"{self.kind.upper()}, "
+            return f"{name}{shape}, {rows}, blocks of {self.r}{factors}, {dtype}"
         return f"{shape}, {rows}, r {self.r}, {dtype}"
+
+    @property
+    def brief(self) -> str:
+        """A title for tables in which every case has as many rows."""
+        size = f"r {self.r}" if not self.rotates else f"b {self.r}" + (f", f {self.factors}" * (self.layer == "boft"))
+        name = f"{self.kind.upper()}, " if self.kind in ROTATING else ""
+        return named(self.kind, f"{name}{self.width_in} wide, {size}, {self.dtype}")
 
     def fields(self) -> dict[str, object]:
         """What a result file says of the case."""
@@ -88,6 +110,13 @@ class Case:
     @property
     def reflector_length(self) -> int:
         return self.width_in * 9 if self.kind == "conv" else self.width_in
+
+
+def named(kind: str, title: str) -> str:
+    """The title of a case with the kind, where it does not say that itself."""
+    if kind.startswith(OPERATION):
+        return f"{kind.removeprefix(OPERATION)}, {title}"
+    return f"Gram-Schmidt, {title}" if kind == "gram_schmidt" else title
 
 
 def _linear(width: int, tokens: int, r: int, dtype: str, kind: str = "linear") -> Case:
@@ -183,7 +212,7 @@ def make_problem(case: Case, seed: int = 0, device: str = "cpu") -> Problem:
     bias = normal(case.width_out) if case.bias else None
 
     if case.rotates:
-        u = rotations.SIZE[case.kind] * normal(*rotations.adapter_shape(case))
+        u = rotations.SIZE[case.layer] * normal(*rotations.adapter_shape(case))
     elif case.kind == "gram_schmidt":
         u = normal(K, case.r)
     else:

@@ -10,41 +10,59 @@ to what the PTX machine counts; cards.py has the cards' rates and the assumption
 from __future__ import annotations
 
 import argparse
-import functools
-import importlib
-import importlib.util
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import torch
-
-from bench import cards
+from bench import cards, layers
 from bench.cards import Card, Rates
 from bench.cases import Case
-from peftkern import dispatch
+from bench.layers import LIBRARY, PRECISIONS, NoCosts
 from peftkern.ops._costs import Launch
 
 TOKENS = 8192
 BACKENDS = ("triton", "cuda")
-PRECISIONS = ("fast", "exact")
-LIBRARY = "library: "
-GOAL = 0.12
-GOAL_CASE = Case("linear", 4096, 4096, TOKENS, 32, "bf16")
+
+
+def _cases(kind: str, sizes: Iterable[tuple[int, int]]) -> list[Case]:
+    return [
+        Case(kind, width, width, TOKENS, r, dtype, factors=factors)
+        for width in (4096, 8192)
+        for r, factors in sizes
+        for dtype in ("bf16", "bf16+fp32", "fp32")
+    ]
+
+
 CASES = [
-    Case(kind, width, width, TOKENS, r, dtype)
-    for kind in ("linear", "gram_schmidt")
-    for width in (4096, 8192)
-    for r in (8, 32)
-    for dtype in ("bf16", "bf16+fp32", "fp32")
+    *_cases("linear", [(8, 1), (32, 1)]),
+    *_cases("gram_schmidt", [(8, 1), (32, 1)]),
+    *_cases("oft", [(32, 1)]),
+    *_cases("boft", [(8, 1), (8, 4)]),
 ]
-# Operations of a layer: (operation, how often); `base` is the frozen layer's product, forward or backward.
-FACTOR = {
-    "linear": ("wy_factor", "wy_factor_backward"),
-    "gram_schmidt": ("orthonormal_factor", "orthonormal_factor_backward"),
-}
-ROWS = {"fast": ("rotate", "rotate_backward"), "exact": ("rotated_linear", "rotated_linear_backward")}
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What the adapter of a case may add to its frozen layer at most, as a part of it."""
+
+    what: str
+    case: Case
+    most: float
+
+    def sentence(self, card: Card) -> str:
+        case = self.case
+        return (
+            f"Goal: {self.what}, {case.dtype}, {case.width_in} x {case.width_out}, {case.tokens} tokens on "
+            f"{card.name} adds at most {100 * self.most:.0f} % to the frozen layer's forward and backward."
+        )
+
+
+GOALS = (
+    Goal("HRA r 32", Case("linear", 4096, 4096, TOKENS, 32, "bf16"), 0.12),
+    Goal("OFT b 32", Case("oft", 4096, 4096, TOKENS, 32, "bf16"), 0.18),
+    Goal("BOFT b 8, f 4", Case("boft", 4096, 4096, TOKENS, 8, "bf16", factors=4), 0.30),
+)
 
 
 @dataclass(frozen=True)
@@ -81,72 +99,6 @@ def predict(launches: Iterable[Launch], card: Card, rates: Rates) -> Prediction:
     return Prediction(sum(by_limit.values()), dict(by_limit))
 
 
-def product_kind(dtype: torch.dtype) -> str:
-    """Unit that multiplies matrices of a dtype in torch's library by default (float32 without TF32)."""
-    return {torch.bfloat16: "tensor_bf16", torch.float16: "tensor_fp16", torch.float32: "fp32"}[dtype]
-
-
-def product(M: int, N: int, K: int, dtype: torch.dtype, name: str = "product") -> Launch:
-    """[M, K] x [K, N] by the vendor's library. How it tiles is its own affair: each operand counts once."""
-    read, written = (M * K + K * N) * dtype.itemsize, M * N * dtype.itemsize
-    return Launch(LIBRARY + name, read, written, read + written, {product_kind(dtype): 2 * M * N * K})
-
-
-def elementwise(name: str, read: int, written: int) -> Launch:
-    return Launch(LIBRARY + name, read, written, read + written)
-
-
-def frozen(case: Case) -> list[Launch]:
-    """The floor: y = x W^T and dx = dy W."""
-    M, N, K = case.tokens, case.width_out, case.width_in
-    return [product(M, N, K, case.base_dtype, "x W^T"), product(M, K, N, case.base_dtype, "dy W")]
-
-
-@functools.cache
-def _costs(family: str):
-    name = f"{family}.costs"
-    return importlib.import_module(name) if importlib.util.find_spec(name) else None
-
-
-class NoCosts(Exception):
-    """A backend whose costs are not stated; the message says which."""
-
-
-def launches_of(op: str, backend: str, case: Case, family: str) -> list[Launch]:
-    """The launches of an operation at the shape of a case. Raises NoCosts."""
-    operation = dispatch.operations().get(op)
-    if operation is None:
-        raise NoCosts(f"there is no operation {op}")
-    costs = _costs(operation.family)
-    if costs is None:
-        raise NoCosts(f"{operation.family} states no costs")
-    shape = {"M": case.tokens, "K": case.width_in, "N": case.width_out, "r": case.r}
-    try:
-        return costs.launches(op, backend, **shape, dtype=case.base_dtype, family=family)
-    except NotImplementedError as reason:
-        raise NoCosts(str(reason) or f"{backend} does not write {op}") from None
-
-
-def layer(case: Case, backend: str, precision: str, family: str) -> dict[str, list[Launch]]:
-    """Launches of one layer's forward and backward, by operation. Raises NoCosts.
-
-    `fast` calls the frozen layer on the rotated rows; `exact` contains the frozen layer's products.
-    """
-    if precision == "exact" and not case.half:
-        raise NoCosts("in fp32 exact is fast")
-    names = (FACTOR[case.kind][0], *ROWS[precision], FACTOR[case.kind][1])
-    parts = {name: launches_of(name, backend, case, family) for name in names}
-    if precision == "fast":
-        parts["frozen layer"] = frozen(case)
-    # V has two consumers, the rows and the factor, whose gradients autograd adds; half-precision u is cast both ways.
-    size = case.width_in * case.r
-    glue = [elementwise("dV + dV", 8 * size, 4 * size)]
-    if case.adapter_dtype is not torch.float32:
-        glue += [elementwise("u to float32", 2 * size, 4 * size), elementwise("du to u's dtype", 4 * size, 2 * size)]
-    parts["autograd"] = glue
-    return parts
-
-
 @dataclass(frozen=True)
 class LayerPrediction:
     """total and floor: seconds of the layer and of its frozen base layer, forward + backward; parts: by operation."""
@@ -172,15 +124,15 @@ class LayerPrediction:
 
 def predict_layer(case: Case, backend: str, precision: str, card: Card, rates: Rates) -> LayerPrediction:
     """Raises NoCosts."""
-    parts = layer(case, backend, precision, card.family)
+    parts = layers.layer(case, backend, precision, card.family)
     everything = [launch for launches in parts.values() for launch in launches]
     return LayerPrediction(
-        case, backend, precision, predict(everything, card, rates), predict(frozen(case), card, rates),
+        case, backend, precision, predict(everything, card, rates), predict(layers.frozen(case), card, rates),
         {name: predict(launches, card, rates) for name, launches in parts.items()},
     )  # fmt: skip
 
 
-def layers(card: Card, rates: Rates, cases: Sequence[Case] = tuple(CASES)) -> list[LayerPrediction]:
+def layers_of(card: Card, rates: Rates, cases: Sequence[Case] = tuple(CASES)) -> list[LayerPrediction]:
     """Every layer whose costs are stated."""
     found = []
     for case in cases:
@@ -196,51 +148,74 @@ def layers(card: Card, rates: Rates, cases: Sequence[Case] = tuple(CASES)) -> li
 def unstated() -> list[str]:
     """A sentence for each layer that cannot be predicted, and why."""
     reasons: dict[str, None] = {}
-    for kind in FACTOR:
+    for kind in layers.KINDS:
+        case = next(case for case in CASES if case.kind == kind and case.half)
         for backend in BACKENDS:
             for precision in PRECISIONS:
                 try:
-                    layer(Case(kind, 4096, 4096, TOKENS, 32, "bf16"), backend, precision, "sm90")
+                    layers.layer(case, backend, precision, "sm90")
                 except NoCosts as reason:
                     reasons[f"{kind.replace('_', '-')}, {backend}, {precision}: {reason}"] = None
     return list(reasons)
 
 
-def goal(card: Card | None = None) -> list[str]:
-    """Sentences: is the goal reached, by which backend and precision, at which rates?"""
-    card = card or cards.card("H100")
-    lines = [
-        f"Goal: HRA r {GOAL_CASE.r}, bf16, {GOAL_CASE.width_in} x {GOAL_CASE.width_out}, {TOKENS} tokens on "
-        f"{card.name} adds at most {100 * GOAL:.0f} % to the frozen layer's forward and backward."
-    ]
-    reached = []
+@dataclass(frozen=True)
+class Verdict:
+    """A goal, and what is predicted of one way to reach it."""
+
+    goal: Goal
+    rates: Rates
+    found: LayerPrediction
+
+    @property
+    def reached(self) -> bool:
+        return self.found.added <= self.goal.most
+
+
+def verdicts(goal: Goal, card: Card) -> list[Verdict]:
+    """Of every backend and precision whose costs are stated, at data-sheet peaks and at typical rates."""
+    both = (card.peak, cards.typical(card))
+    return [Verdict(goal, rates, found) for rates in both for found in layers_of(card, rates, [goal.case])]
+
+
+def least(goal: Goal, card: Card) -> str:
+    """A sentence: what any form that calls the frozen layer adds at least."""
+    added = []
     for rates in (card.peak, cards.typical(card)):
-        for found in layers(card, rates, [GOAL_CASE]):
-            verdict = "reached" if found.added <= GOAL else "missed"
-            if found.added <= GOAL:
-                reached.append(f"{found.backend}, {found.precision}, at {rates.name}")
+        floor, passes = (
+            predict(made(goal.case), card, rates).seconds for made in (layers.frozen, layers.fewest_passes)
+        )
+        added.append(f"{100 * (passes / floor - 1):.1f} % at {rates.name}")
+    times = "ten" if layers.KINDS[goal.case.kind].scales else "five"
+    return (
+        f"A form that calls the frozen layer as it is passes over the rows {times} times at least: {', '.join(added)}."
+    )
+
+
+def goal_lines(card: Card | None = None) -> list[str]:
+    """Sentences: is each goal reached, by which backend and precision, at which rates?"""
+    card = card or cards.card("H100")
+    lines = []
+    for goal in GOALS:
+        lines.append(goal.sentence(card))
+        judged = verdicts(goal, card)
+        for verdict in judged:
+            found = verdict.found
             lines.append(
-                f"  {found.backend}, {found.precision}, at {rates.name}: {verdict}, predicted "
+                f"  {found.backend}, {found.precision}, at {verdict.rates.name}: "
+                f"{'reached' if verdict.reached else 'missed'}, predicted "
                 f"{100 * found.added:.1f} % ({1e6 * found.total.seconds:.0f} against "
                 f"{1e6 * found.floor.seconds:.0f} us; beyond the floor mostly {found.limit})"
             )
-    floor, least = (predict(made(GOAL_CASE), card, card.peak).seconds for made in (frozen, fewest_passes))
-    lines.append(
-        f"  A form that calls the frozen layer as it is passes over the rows five times at least: "
-        f"{100 * (least / floor - 1):.1f} % at {card.peak.name}."
-    )
-    if len(lines) == 2:
-        return [*lines, "  No backend states its costs, so nothing can be predicted."]
-    if reached:
-        return [*lines, f"  Predicted to be reached by {'; '.join(reached)}."]
-    return [*lines, "  No backend and precision is predicted to reach it, at either rates."]
-
-
-def fewest_passes(case: Case) -> list[Launch]:
-    """The least of any form that calls the frozen layer as it is: x read and z written, then dz and x read and dx
-    written, each once."""
-    rows = case.tokens * case.width_in * case.base_dtype.itemsize
-    return [Launch("forward", rows, rows, 2 * rows), *frozen(case), Launch("backward", 2 * rows, rows, 3 * rows)]
+        lines.append(f"  {least(goal, card)}")
+        reached = [f"{v.found.backend}, {v.found.precision}, at {v.rates.name}" for v in judged if v.reached]
+        if not judged:
+            lines.append("  No backend states its costs, so nothing can be predicted.")
+        elif reached:
+            lines.append(f"  Predicted to be reached by {'; '.join(reached)}.")
+        else:
+            lines.append("  No backend and precision is predicted to reach it, at either rates.")
+    return lines
 
 
 def _percent(value: float | None) -> str:
@@ -253,12 +228,9 @@ HEAD = ["layer", "backend", "precision", "frozen us", "at peaks", "limit", "typi
 def table(card: Card, cases: Sequence[Case] = tuple(CASES)) -> list[list[str]]:
     """Rows under HEAD: what the adapter adds to the frozen layer, at data-sheet peaks and at typical rates."""
     rows = []
-    usual = layers(card, cards.typical(card), cases)
-    for peak, typical in zip(layers(card, card.peak, cases), usual, strict=True):
-        case = peak.case
-        prefix = "Gram-Schmidt, " if case.kind == "gram_schmidt" else ""
-        title = f"{prefix}{case.width_in} wide, r {case.r}, {case.dtype}"
-        cells = [title, peak.backend, peak.precision, f"{1e6 * peak.floor.seconds:.0f}"]
+    usual = layers_of(card, cards.typical(card), cases)
+    for peak, typical in zip(layers_of(card, card.peak, cases), usual, strict=True):
+        cells = [peak.case.brief, peak.backend, peak.precision, f"{1e6 * peak.floor.seconds:.0f}"]
         rows.append([*cells, _percent(peak.added), peak.limit, _percent(typical.added), typical.limit])
     return rows
 
@@ -274,13 +246,13 @@ def show_launches(card: Card, rates: Rates, cases: Sequence[Case]) -> str:
         for backend in BACKENDS:
             for precision in PRECISIONS:
                 try:
-                    parts = layer(case, backend, precision, card.family)
+                    parts = layers.layer(case, backend, precision, card.family)
                 except NoCosts:
                     continue
                 for name, launches in parts.items():
                     for launch in launches:
                         seconds, limit = time_of(launch, card, rates)
-                        title = f"{case.kind} r {case.r} {case.dtype} {backend} {precision}"
+                        title = f"{case.brief}, {backend}, {precision}"
                         traffic = launch.read + launch.written
                         rows.append(
                             [title, name, launch.kernel, f"{1e6 * seconds:.1f}", limit]
@@ -307,7 +279,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.launches:
             print("\n" + show_launches(card, card.peak, [case for case in CASES if case.width_in == 4096]))
         print()
-    print("\n".join(goal()))
+    print("\n".join(goal_lines()))
     if unstated():
         print("\nNot predicted:\n" + "\n".join(f"  {line}" for line in unstated()))
     print("\nAssumptions:\n" + "\n".join(f"  {line}" for line in cards.ASSUMPTIONS))

@@ -19,7 +19,7 @@ BETTER_TERMS = {"terms6": 6, "cayley": None}
 def adapter_shape(case) -> tuple[int, ...]:
     """Shape of u: packed skew matrices of blocks of r, or f stages of blocks of r."""
     blocks = case.width_in // case.r
-    if case.kind == "oft":
+    if case.layer == "oft":
         return blocks, case.r * (case.r - 1) // 2
     return case.factors, blocks, case.r, case.r
 
@@ -28,7 +28,7 @@ def config(case, terms: int | None = TERMS):
     """PEFT's configuration."""
     import peft
 
-    if case.kind == "oft":
+    if case.layer == "oft":
         return peft.OFTConfig(
             oft_block_size=case.r,
             target_modules=["layer"],
@@ -65,7 +65,7 @@ def blocks_of_peftkern(case, u: Tensor, terms: int | None) -> Tensor:
     """R as the package makes it."""
     from peftkern.ops import block_rotation, butterfly
 
-    return block_rotation.rotation_blocks(u, terms) if case.kind == "oft" else butterfly.butterfly_blocks(u)
+    return block_rotation.rotation_blocks(u, terms) if case.layer == "oft" else butterfly.butterfly_blocks(u)
 
 
 def upper(u: Tensor, b: int) -> Tensor:
@@ -84,7 +84,7 @@ def cayley(A: Tensor) -> Tensor:
 
 def blocks(case, u: Tensor, terms: int | None = TERMS) -> Tensor:
     """R of the stages [f, K/b, b, b], in u's dtype or float32; the last is applied first."""
-    if case.kind == "boft":
+    if case.layer == "boft":
         return cayley((u - u.mT) / 2)
     triangle = upper(u, case.r)
     Q = triangle - triangle.mT

@@ -21,12 +21,12 @@ LOST = 3  # exit status after an error that the device does not survive
 ROUNDS_SECONDS = 2.0
 
 
-def timed_operations() -> list[str]:
-    """Operations of the families that are timed one by one."""
+def timed_operations() -> dict[str, str]:
+    """Operations that are timed one by one, and the family of each."""
     from peftkern import dispatch
 
-    packages = {f"peftkern.ops.{name}" for name in plan.OP_FAMILIES}
-    return [name for name, operation in dispatch.operations().items() if operation.family in packages]
+    families = {name: operation.family.rpartition(".")[2] for name, operation in dispatch.operations().items()}
+    return {name: family for name, family in families.items() if family in plan.OP_FAMILIES}
 
 
 def lines(path: Path) -> list[dict]:

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from bench import arms
-from bench.arms import Arm, NotAvailable
-from bench.cases import Problem
+from bench import arms, rotations
+from bench.arm import Arm, NotAvailable
+from bench.cases import Case, Problem
 from bench.gpu import stand_in
 from peftkern import dispatch
 
 Stages = list[Callable[[], object]]
-LYCORIS = {"linear": "LyCORIS has no HRA", "gram_schmidt": "LyCORIS has no HRA"}
 # torch.compile unrolls PEFT's loop over the reflections, and takes up to a minute for each of these.
-COMPILED = [(4096, 32, "bf16+fp32"), (4096, 32, "fp32"), (4096, 8, "bf16+fp32")]
+COMPILED = {
+    "linear": [(4096, 32, "bf16+fp32"), (4096, 32, "fp32"), (4096, 8, "bf16+fp32")],
+    "oft": [(4096, 32, dtype) for dtype in ("bf16+fp32", "bf16", "fp32")],
+    "boft": [(4096, 8, dtype) for dtype in ("bf16+fp32", "bf16", "fp32")],
+}
 
 
 class Serving:
@@ -75,25 +78,23 @@ class Contender:
     serving: Serving | None = None
 
 
-def names(kind: str) -> tuple[str, ...]:
-    """Contenders of a kind of case, the floor first."""
-    ours = [f"{backend}-{precision}" for backend in arms.GPU_BACKENDS for precision in ("fast", "exact")]
-    if kind.startswith("op:"):
+def names(case: Case) -> tuple[str, ...]:
+    """Contenders of a case, the floor first."""
+    if case.operation is not None:
         return ("frozen", *arms.GPU_BACKENDS)
-    return ("frozen", "peft", "compiled", "torch", "lycoris", *ours)
+    ours = [f"{backend}-{precision}" for backend in arms.GPU_BACKENDS for precision in ("fast", "exact")]
+    return ("frozen", "peft", "compiled", "torch", *arms.LYCORIS, *ours)
 
 
 def build(name: str, problem: Problem, device) -> Contender:
     """The contender `name` on the tensors of `problem`. Raises NotAvailable with the reason."""
-    if problem.case.kind.startswith("op:") and name != "frozen":
+    if problem.case.operation is not None and name != "frozen":
         return _operation(name, problem, device)
-    if name == "lycoris":
-        raise NotAvailable(LYCORIS[problem.case.kind])
     if name == "compiled":
         return _layer(_compiled(problem, device), problem)
-    if name in ("frozen", "peft", "torch"):
+    backend, _, precision = name.partition("-")
+    if backend not in arms.GPU_BACKENDS:
         return _layer(arms.build(name, problem), problem)
-    backend, precision = name.split("-")
     _check_backend(backend, device)
     if precision == "exact" and not problem.case.half:
         raise NotAvailable("in fp32 exact is fast")
@@ -119,7 +120,7 @@ def _check_backend(backend: str, device):
 
 def _layer(arm: Arm, problem: Problem) -> Contender:
     state: dict[str, Tensor] = {}
-    wanted = (problem.x,) if arm.u is None else (problem.x, arm.u)
+    wanted = (problem.x,) if arm.u is None else (problem.x, arm.u, *arm.others)
 
     def forward():
         state["y"] = arm.forward(problem.x)
@@ -137,56 +138,112 @@ def _layer(arm: Arm, problem: Problem) -> Contender:
 
 def _compiled(problem: Problem, device) -> Arm:
     case = problem.case
-    if not device.simulated and (case.kind != "linear" or (case.width_in, case.r, case.dtype) not in COMPILED):
-        shapes = "; ".join(f"{width} wide, r {r}, {dtype}" for width, r, dtype in COMPILED)
-        raise NotAvailable(f"compiling takes long, so it is done for {shapes} alone")
+    compiled = COMPILED.get(case.kind, [])
+    if not device.simulated and (case.width_in, case.r, case.dtype) not in compiled:
+        size = "b" if case.rotates else "r"
+        shapes = "; ".join(f"{width} wide, {size} {r}, {dtype}" for width, r, dtype in compiled)
+        done = f"done for {shapes} alone" if shapes else "not done for layers of this kind"
+        raise NotAvailable(f"compiling takes long, so it is {done}")
     arm = arms.build("peft", problem)
     options = {"backend": "aot_eager"} if device.simulated else {}
-    return Arm("compiled", torch.compile(arm.forward, dynamic=False, **options), arm.u, arm.parameters)
+    return replace(arm, name="compiled", forward=torch.compile(arm.forward, dynamic=False, **options))
 
 
-def _peftkern(name: str, precision: str, problem: Problem) -> Arm:
+# A layer, its adapter, and what else it trains.
+Trained = tuple[nn.Module, nn.Parameter, list[nn.Parameter]]
+
+
+def _hra(base: nn.Module, problem: Problem, precision: str) -> Trained:
     from peftkern.nn import HRALinear
 
     gram_schmidt = problem.case.kind == "gram_schmidt"
-    base = arms.base_layer(problem)
     layer = HRALinear(base, problem.case.r, apply_gs=gram_schmidt, init_weights=False, precision=precision)
     layer.hra_u = nn.Parameter(problem.u.clone())
-    return Arm(name, layer, layer.hra_u, [layer.hra_u, *(p for p in (problem.weight, problem.bias) if p is not None)])
+    return layer, layer.hra_u, []
+
+
+def _oft(base: nn.Module, problem: Problem, precision: str) -> Trained:
+    from peftkern.nn import OFTLinear
+
+    layer = OFTLinear(base, problem.case.r, terms=rotations.TERMS, precision=precision)
+    layer.oft_R.weight = nn.Parameter(problem.u.clone())
+    return layer, layer.oft_R.weight, []
+
+
+def _boft(base: nn.Module, problem: Problem, precision: str) -> Trained:
+    from peftkern.nn import BOFTLinear
+
+    layer = BOFTLinear(base, problem.case.r, problem.case.factors, precision=precision)
+    layer.boft_R = nn.Parameter(problem.u.clone())
+    layer.boft_s = nn.Parameter(layer.boft_s.detach().to(problem.u))
+    return layer, layer.boft_R, [layer.boft_s]
+
+
+OURS = {"linear": _hra, "gram_schmidt": _hra, "oft": _oft, "boft": _boft}
+
+
+def _peftkern(name: str, precision: str, problem: Problem) -> Arm:
+    case = problem.case
+    layer, u, others = OURS[case.kind](arms.base_layer(problem), problem, precision)
+    frozen = [p for p in (problem.weight, problem.bias) if p is not None]
+    blocks = (lambda: rotations.blocks_of_peftkern(case, u, rotations.TERMS)) if case.rotates else None
+    return Arm(name, layer, u, [u, *others, *frozen], others, blocks=blocks)
 
 
 # ---- single operations
 
 
-def arguments(operation: dispatch.Operation, problem: Problem) -> list[object]:
-    """What `operation` is called with at the shape of a problem. Raises NotAvailable for an argument without a rule."""
+def _of_columns(problem: Problem) -> dict[str, Callable[[], object]]:
+    """Rules for the arguments that only operations on columns V [K, r] have."""
     case, device = problem.case, problem.x.device
-    M, K, r = case.tokens, case.width_in, case.r
     V = problem.u.float()
 
     def triangle():
-        return torch.triu(torch.randn(r, r, dtype=torch.float64, device=device)) / K
+        return torch.triu(torch.randn(case.r, case.r, dtype=torch.float64, device=device)) / case.width_in
 
+    def rows():
+        return torch.randn(case.tokens, case.r, device=device)
+
+    known = {"V": lambda: V, "Q": lambda: torch.linalg.qr(V).Q.contiguous(), "dQ": lambda: torch.randn_like(V)}
+    known |= {"T": triangle, "dT": triangle, "B": triangle, "P": rows, "dP": rows}
+    return known | {"reverse": lambda: False, "squared": lambda: True}
+
+
+def _of_blocks(problem: Problem) -> dict[str, Callable[[], object]]:
+    """Rules for the arguments that only operations on blocks R have."""
+    from peftkern.ops import block_rotation
+
+    case, parameter = problem.case, problem.u.float()
+
+    def R():
+        return rotations.blocks_of_peftkern(case, parameter, rotations.TERMS)
+
+    return {
+        "q": lambda: parameter,
+        "B": lambda: parameter,
+        "R": R,
+        "dR": lambda: torch.randn_like(R()),
+        "coefficients": lambda: list(block_rotation.coefficients(rotations.TERMS)),
+        "transpose": lambda: False,
+        "scale": lambda: parameter.new_ones(case.width_out),
+        "y": lambda: torch.randn_like(problem.grad_y),
+        "p": lambda: torch.randn_like(problem.grad_y),
+    }
+
+
+def arguments(operation: dispatch.Operation, problem: Problem) -> list[object]:
+    """What `operation` is called with at the shape of a problem. Raises NotAvailable for an argument without a rule."""
     known = {
         "x": problem.x.detach,
         "weight": problem.weight.detach,
         "bias": lambda: None,
-        "V": lambda: V,
-        "Q": lambda: torch.linalg.qr(V).Q.contiguous(),
-        "dQ": lambda: torch.randn_like(V),
-        "T": triangle,
-        "dT": triangle,
-        "B": triangle,
-        "P": lambda: torch.randn(M, r, device=device),
-        "dP": lambda: torch.randn(M, r, device=device),
         "dz": lambda: torch.randn_like(problem.x.detach()),
         "dy": lambda: problem.grad_y,
-        "grad": lambda: torch.ones((), device=device),
-        "reverse": lambda: False,
-        "squared": lambda: True,
-        "output_mask": lambda: [True, True],
+        "grad": lambda: torch.ones((), device=problem.x.device),
     }
+    known |= _of_blocks(problem) if problem.case.rotates else _of_columns(problem)
     schema = getattr(torch.ops.peftkern, operation.name).default._schema
+    known |= {a.name: lambda size=a.N: [True] * size for a in schema.arguments if a.name == "output_mask"}
     unknown = [a.name for a in schema.arguments if a.name not in known]
     if unknown:
         raise NotAvailable(f"no rule for the arguments {', '.join(unknown)} of {operation.name}")
@@ -194,7 +251,7 @@ def arguments(operation: dispatch.Operation, problem: Problem) -> list[object]:
 
 
 def _operation(name: str, problem: Problem, device) -> Contender:
-    operation = dispatch.operations()[problem.case.kind.removeprefix("op:")]
+    operation = dispatch.operations()[problem.case.operation]
     module, reason = operation.backend(name)
     if module is None:
         raise NotAvailable(f"backend {name}: {reason}")

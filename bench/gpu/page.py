@@ -5,25 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from html import escape
 
-from bench import markup
+from bench import layers, markup
 from bench.arms import label
+from bench.cases import OPERATION, Case, named
 from bench.gpu import contenders, predictions
 from bench.result import CaseResult, Result, duration, megabytes, ratio
 
-LAYERS = ("linear", "gram_schmidt")
 DRY = "A dry run on a machine without a GPU: its figures mean nothing."
 
 
 def _arms(cases: list[CaseResult]) -> list[str]:
     """Contenders in their usual order, of which any case has a row or a reason."""
-    listed = list(dict.fromkeys(name for kind in (*LAYERS, "op:") for name in contenders.names(kind)))
+    shapes = [Case(kind, 1, 1, 1, 1, "fp32") for kind in (*layers.KINDS, OPERATION)]
+    listed = list(dict.fromkeys(name for case in shapes for name in contenders.names(case)))
     return [name for name in listed if any(name in case.arms or case.why_missing(name) for case in cases)]
 
 
 def _title(case: CaseResult) -> str:
-    kind = case.case["kind"]
-    prefix = {"linear": "", "gram_schmidt": "Gram-Schmidt, "}.get(kind, f"{kind.removeprefix('op:')}, ")
-    return prefix + case.case["title"]
+    return named(case.case["kind"], case.case["title"])
 
 
 def table(cases: list[CaseResult], value: Callable[[CaseResult, str], str]) -> tuple[list[str], list[list[str]]]:
@@ -69,7 +68,7 @@ def operation(case: CaseResult, arm: str) -> str:
 
 
 def _operations(result: Result) -> list[CaseResult]:
-    return [case for case in result.cases.values() if case.case["kind"].startswith("op:")]
+    return [case for case in result.cases.values() if case.case["kind"].startswith(OPERATION)]
 
 
 def _html(head: list[str], rows: list[list[str]]) -> str:
@@ -125,12 +124,12 @@ def _reasons(cases: list[CaseResult]) -> list[str]:
 
 def text(result: Result) -> str:
     """The tables for a terminal."""
-    gpu, layers = result.gpu, result.of_kind(*LAYERS)
+    gpu, measured = result.gpu, result.of_kind(*layers.KINDS)
     parts = [DRY] if gpu["dry_run"] else []
     parts.append("\n".join(f"{name}: {value}" for name, value in card_rows(gpu)))
-    if layers:
+    if measured:
         parts.append("forward + backward, over the frozen layer (frozen layer: its time)")
-        parts.append(_plain(*table(layers, total)))
+        parts.append(_plain(*table(measured, total)))
     if _operations(result):
         parts.append("operations (share of the frozen layer's forward + backward)")
         parts.append(_plain(*table(_operations(result), operation)))
@@ -142,23 +141,23 @@ def text(result: Result) -> str:
 
 def render(result: Result) -> str:
     """The whole page as one string."""
-    gpu, layers = result.gpu, result.of_kind(*LAYERS)
+    gpu, measured = result.gpu, result.of_kind(*layers.KINDS)
     sections = [markup.section("The card", "As it describes itself, and as measured.", _html(["", ""], card_rows(gpu)))]
-    if layers:
+    if measured:
         sections.append(
             markup.section(
                 "Forward + backward",
                 "Device time over that of the frozen layer, whose own time stands first; median of the rounds' "
                 "ratios. * the device waited for Python within the step, as it would in use.",
-                _html(*table(layers, total)),
+                _html(*table(measured, total)),
             )
         )
-        sections.append(markup.section("Forward alone", "From the same runs.", _html(*table(layers, forward))))
+        sections.append(markup.section("Forward alone", "From the same runs.", _html(*table(measured, forward))))
         sections.append(
             markup.section(
                 "Peak memory",
                 "Most memory allocated during forward + backward beyond parameters, x and dy.",
-                _html(*table(layers, peak)),
+                _html(*table(measured, peak)),
             )
         )
     if _operations(result):

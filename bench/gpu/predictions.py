@@ -7,9 +7,10 @@ from dataclasses import fields
 from html import escape
 from pathlib import Path
 
-from bench import cards, markup, model
-from bench.cases import Case
-from bench.model import LayerPrediction, NoCosts
+from bench import cards, layers, markup, model
+from bench.cases import OPERATION, Case, named
+from bench.layers import NoCosts
+from bench.model import LayerPrediction
 from bench.result import CaseResult, Result
 
 LABEL = "Predictions of a model, not measurements."
@@ -30,7 +31,7 @@ def _percent(value: float | None) -> str:
 
 
 def _case(case: CaseResult) -> Case:
-    return Case(**{field.name: case.case[field.name] for field in fields(Case)})
+    return Case(**{field.name: case.case[field.name] for field in fields(Case) if field.name in case.case})
 
 
 def rates_of(result: Result) -> tuple[cards.Card, list[cards.Rates]] | None:
@@ -53,7 +54,7 @@ def beside_layers(result: Result) -> tuple[list[str], list[list[str]]]:
     card, rates = found
     head = ["layer", "backend", "precision", "measured", *(f"predicted at {r.name}" for r in rates), "limit"]
     rows = []
-    for case in result.of_kind("linear", "gram_schmidt"):
+    for case in result.of_kind(*layers.KINDS):
         for arm, entry in case.arms.items():
             backend, _, precision = arm.partition("-")
             if backend not in model.BACKENDS:
@@ -62,8 +63,7 @@ def beside_layers(result: Result) -> tuple[list[str], list[list[str]]]:
                 said = [model.predict_layer(_case(case), backend, precision, card, r) for r in rates]
             except NoCosts:
                 continue
-            kind = "Gram-Schmidt, " if case.case["kind"] == "gram_schmidt" else ""
-            cells = [kind + case.case["title"], backend, precision, _percent(entry.overhead - 1)]
+            cells = [named(case.case["kind"], case.case["title"]), backend, precision, _percent(entry.overhead - 1)]
             rows.append([*cells, *(_percent(p.added) for p in said), said[-1].limit])
     return head, rows
 
@@ -77,18 +77,22 @@ def beside_operations(result: Result) -> tuple[list[str], list[list[str]]]:
     head = ["operation", "backend", "measured µs", *(f"predicted at {r.name}" for r in rates), "limit"]
     rows = []
     for case in result.cases.values():
-        name = case.case["kind"].removeprefix("op:")
+        name = case.case["kind"].removeprefix(OPERATION)
         if name == case.case["kind"]:
             continue
         for backend in model.BACKENDS:
             if backend not in case.arms:
                 continue
             try:
-                launches = model.launches_of(name, backend, _case(case), card.family)
+                launches = layers.launches_of(name, backend, _case(case), card.family)
             except NoCosts:
                 continue
             said = [model.predict(launches, card, r) for r in rates]
-            cells = [f"{name}, {case.case['title']}", backend, f"{1e6 * case.arms[backend].stats['median']:.1f}"]
+            cells = [
+                named(case.case["kind"], case.case["title"]),
+                backend,
+                f"{1e6 * case.arms[backend].stats['median']:.1f}",
+            ]
             rows.append([*cells, *(f"{1e6 * p.seconds:.1f}" for p in said), said[-1].limit])
     return head, rows
 
@@ -99,23 +103,46 @@ def _html(head: list[str], rows: list[list[str]]) -> str:
 
 def _predicted(card: cards.Card, cases: list[Case]) -> str:
     usual: dict[tuple, LayerPrediction] = {
-        (p.case, p.backend, p.precision): p for p in model.layers(card, cards.typical(card), cases)
+        (p.case, p.backend, p.precision): p for p in model.layers_of(card, cards.typical(card), cases)
     }
     rows = []
-    for peak in model.layers(card, card.peak, cases):
+    for peak in model.layers_of(card, card.peak, cases):
         case, typical = peak.case, usual[(peak.case, peak.backend, peak.precision)]
-        kind = "Gram-Schmidt, " if case.kind == "gram_schmidt" else ""
-        cells = [f"{kind}{case.title}", peak.backend, peak.precision, f"{1e6 * peak.floor.seconds:.0f}"]
+        cells = [case.brief, peak.backend, peak.precision, f"{1e6 * peak.floor.seconds:.0f}"]
         rows.append([*cells, _percent(peak.added), peak.limit, _percent(typical.added), typical.limit])
-    head = ["layer", "backend", "precision", "frozen, µs", "adds, at peaks", "limit", "adds, typically", "limit"]
-    return _html(head, rows)
+    return _html(_HEAD, rows)
+
+
+def _goals() -> str:
+    """Each goal and what every backend is predicted to add."""
+    card = cards.card("H100")
+    text = ""
+    for goal in model.GOALS:
+        judged = {}
+        for verdict in model.verdicts(goal, card):
+            judged.setdefault((verdict.found.backend, verdict.found.precision), []).append(verdict)
+        rows = []
+        for ways, both in judged.items():
+            cells = [*ways, f"{1e6 * both[0].found.floor.seconds:.0f}"]
+            for verdict in both:
+                css, mark = ("ok", "✓") if verdict.reached else ("bad", "✗")
+                cells += [f'<span class="{css}">{_percent(verdict.found.added)} {mark}</span>', verdict.found.limit]
+            rows.append(markup.row(cells))
+        text += f'<p class="small" style="margin:16px 0 4px"><b>{escape(goal.sentence(card))}</b></p>'
+        text += markup.table([escape(name) for name in _HEAD[1:]], rows) if rows else ""
+        reason = "" if rows else "No backend states its costs, so nothing is predicted. "
+        text += f'<p class="small soft">{reason}{escape(model.least(goal, card))}</p>'
+    return text
+
+
+_HEAD = ["layer", "backend", "precision", "frozen, µs", "adds, at peaks", "limit", "adds, typically", "limit"]
 
 
 def section(results: Path) -> str:
     """The section of the page: predictions for every card, and what was measured beside them; empty without costs."""
-    if not model.layers(cards.card("H100"), cards.card("H100").peak, [model.GOAL_CASE]):
+    if not any(model.verdicts(goal, cards.card("H100")) for goal in model.GOALS):
         return ""
-    body = "".join(f'<p class="small">{escape(line.strip())}</p>' for line in model.goal())
+    body = _goals()
     for result in measured_results(results):
         head, rows = beside_layers(result)
         if rows:

@@ -6,35 +6,48 @@ python -m bench.gpu.small cuda
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 
-from bench.arms import NotAvailable
-from bench.cases import Case, make_problem
+from bench.arm import NotAvailable
+from bench.cases import OPERATION, Case, make_problem
 from bench.gpu import contenders
 from bench.gpu.child import timed_operations
 
 # Neither rows, nor features, nor columns fill a tile; the weight is not square.
-ODD = (200, 136, 37, 6)
+ODD = Case("linear", 200, 136, 37, 6, "bf16+fp32")
+LAYERS = [
+    ODD,
+    replace(ODD, kind="gram_schmidt"),
+    *(replace(ODD, kind="oft", r=b) for b in (8, 25, 40)),
+    *(replace(ODD, kind="boft", r=b, factors=f) for b, f in ((8, 1), (4, 2), (10, 3))),
+]
+
+
+def work(backend: str, dtypes: Sequence[str]) -> list[tuple[Case, str]]:
+    """(case, contender) of the set."""
+    kinds = {"householder": "linear", "gram_schmidt": "linear", "block_rotation": "oft", "butterfly": "boft"}
+    found = [
+        (replace(layer, kind=OPERATION + name, of=layer.kind, dtype=dtype), backend)
+        for name, family in timed_operations().items()
+        for layer in LAYERS
+        if layer.kind == kinds[family]
+        for dtype in dtypes
+    ]
+    return found + [(layer, f"{backend}-{precision}") for layer in LAYERS for precision in ("fast", "exact")]
 
 
 def run(backend: str, device) -> list[str]:
     """Run the set; returns what did not run, each with the reason."""
     left_out = []
-    K, N, M, r = ODD
-    kinds = [f"op:{name}" for name in timed_operations()]
     # A dry run has to compile each of them.
     dtypes = ("bf16+fp32",) if device.simulated else ("bf16+fp32", "fp32")
-    work = [(Case(kind, K, N, M, r, dtype), backend) for kind in kinds for dtype in dtypes]
-    work += [
-        (Case(kind, K, N, M, r, "bf16+fp32"), f"{backend}-{precision}")
-        for kind in ("linear", "gram_schmidt")
-        for precision in ("fast", "exact")
-    ]
-    for case, name in work:
+    for case, name in work(backend, dtypes):
         problem = make_problem(case, device=device.kind)
         try:
             contender = contenders.build(name, problem, device)
         except NotAvailable as reason:
-            left_out.append(f"{case.kind}: {reason}")
+            left_out.append(f"{case.kind}, {case.title}: {reason}")
             continue
         with contender.serving():
             for stage in contender.stages:

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
-from bench import measure, oracle, row
-from bench.arms import NotAvailable
+from bench import measure, oracle, rotations, row
+from bench.arm import NotAvailable
 from bench.cases import Case, Problem, make_problem
 from bench.gpu import contenders
 from bench.gpu.contenders import Contender
@@ -89,14 +89,18 @@ def _prepare(name: str, problem: Problem, device, reference) -> tuple[Contender,
     found: dict[str, float] = {}
     with _serving(contender):
         if contender.outputs is not None:
+            arm = contender.arm
             if name not in ("frozen", "compiled"):
-                arm = contender.arm
                 saved = measure.saved_for_backward(lambda: arm.forward(problem.x), arm.parameters, problem.x)[1]
                 info |= {"saved_bytes": saved.bytes, "saved_x_bytes": problem.x.nbytes if saved.x else 0}
             result = contender.outputs()
             # Nothing was launched by a stand-in: its outputs are unwritten memory.
             if name != "frozen" and not (device.simulated and name.startswith(("triton", "cuda"))):
-                found = measure.errors(result, reference)
+                found = measure.errors(result, arm.truth() if arm.truth else reference)
+                if arm.blocks:
+                    info["orthogonality_error"] = rotations.orthogonality_error(arm.blocks())
+            if arm.differs:
+                info["differs"] = arm.differs
             del result
         else:
             for stage in contender.stages:
@@ -126,11 +130,11 @@ def measure_case(
     """
     done = Measured(case)
     problem = make_problem(case, device=device.kind)
-    layer = not case.kind.startswith("op:")
+    layer = case.operation is None
     reference = oracle.truth(problem) if layer else None
     built: dict[str, Contender] = {}
     found: dict[str, dict[str, float]] = {}
-    for name in contenders.names(case.kind):
+    for name in contenders.names(case):
         if skip and name in skip:
             done.refused[name] = skip[name]
             continue

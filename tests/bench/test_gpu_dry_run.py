@@ -11,10 +11,11 @@ import pytest
 import torch
 from devices import missing
 
-from bench.arms import NotAvailable
+from bench import arms, lycoris, measure, rotations
+from bench.arm import NotAvailable
 from bench.cases import Case
 from bench.gpu import __main__ as gpu
-from bench.gpu import card, child, contenders, page, plan, stand_in, steps, timing
+from bench.gpu import card, child, contenders, page, plan, small, stand_in, steps, timing
 from bench.gpu.device import Cuda, StandIn
 from bench.result import Result
 
@@ -51,14 +52,15 @@ def test_a_dry_run_goes_through_every_step_and_says_what_would_run(tmp_path, cap
     assert page.DRY in page.text(result)
 
 
+@pytest.mark.parametrize("head", [plan.HEAD, plan.OFT, plan.BOFT], ids=lambda case: case.kind)
 @pytest.mark.parametrize("served_by", ["triton", "cuda"])
-def test_every_layer_of_a_backend_is_prepared_up_to_its_launches(served_by):
+def test_every_layer_of_a_backend_is_prepared_up_to_its_launches(served_by, head):
     absent = stand_in.missing().get(served_by) or missing(served_by)
     if absent:
         pytest.skip(f"backend {served_by}: {absent}")
     device = StandIn()
     with device.backends() as launched:
-        measured = timing.measure_case(plan.shrunk(plan.HEAD), device, 0.01)
+        measured = timing.measure_case(plan.shrunk(head), device, 0.01)
     assert {f"{served_by}-fast", f"{served_by}-exact"} <= set(measured.samples)
     for precision in ("fast", "exact"):
         assert served_by in measured.info[f"{served_by}-{precision}"]["served"].values()
@@ -67,21 +69,66 @@ def test_every_layer_of_a_backend_is_prepared_up_to_its_launches(served_by):
 
 
 def test_the_plan_names_each_case_once_and_starts_with_the_goal():
-    planned = plan.cases(["rotate", "wy_factor"])
+    planned = plan.cases({"rotate": "householder", "block_rotate": "block_rotation", "scale_outputs": "butterfly"})
     assert planned[0] == plan.HEAD
     assert len({case.id for case in planned}) == len(planned)
     assert {(c.width_in, c.r, c.dtype) for c in planned if c.kind == "linear"} == {
         (width, r, dtype) for width in (2048, 4096, 8192) for r in (8, 32, 128) for dtype in plan.DTYPES
     }
+    assert {(c.width_in, c.r, c.factors, c.dtype) for c in planned if c.kind in ("oft", "boft")} == {
+        (width, *size, dtype)
+        for width in (2048, 4096, 8192)
+        for size in ((32, 1), (8, 4), (8, 1))
+        for dtype in plan.DTYPES
+        if size != (8, 1) or width == 4096
+    }
+    sizes = {c.operation: (c.of, c.r, c.factors) for c in planned if c.operation}
+    assert sizes == {"rotate": ("linear", 32, 1), "block_rotate": ("oft", 32, 1), "scale_outputs": ("boft", 8, 4)}
 
 
 def test_every_operation_of_the_timed_families_has_arguments():
-    problem = timing.make_problem(SMALL)
     from peftkern import dispatch
 
-    for name in child.timed_operations():
-        operation = dispatch.operations()[name]
+    for name, family in child.timed_operations().items():
+        operation, head = dispatch.operations()[name], plan.OP_FAMILIES[family]
+        problem = timing.make_problem(replace(plan.shrunk(head), kind=f"op:{name}", of=head.kind))
         operation.check(*contenders.arguments(operation, problem))
+
+
+def test_the_sanitizers_set_has_every_operation_and_layer_at_shapes_that_exist():
+    work = small.work("reference", ("bf16+fp32",))
+    assert {case.operation for case, _ in work} - {None} == set(child.timed_operations())
+    assert {(case.kind, name) for case, name in work if case.operation is None} == {
+        (kind, f"reference-{precision}") for kind in contenders.OURS for precision in ("fast", "exact")
+    }
+    assert small.run("reference", StandIn()) == []
+
+
+def test_layers_that_rotate_blocks_are_judged_and_say_what_differs():
+    measured = timing.measure_case(replace(plan.BOFT, width_in=64, width_out=64, tokens=24, factors=2), StandIn(), 0.01)
+    assert set(measured.info["reference-fast"]["error"]) == {"y", "dx", "du"}
+    assert measured.info["reference-exact"]["orthogonality_error"] < 1e-6
+    if "lycoris" in measured.samples:
+        assert measured.info["lycoris"]["differs"] and measured.info["lycoris"]["error"]["du"] < 1e-2
+    else:
+        assert "LyCORIS cannot be imported" in measured.absent["lycoris"]
+
+
+@pytest.mark.parametrize("head", [plan.OFT, plan.BOFT], ids=lambda case: case.kind)
+def test_rotations_are_made_on_the_device_of_their_tensors(head):
+    """Not on torch's default device: meta tensors refuse to meet those of the processor."""
+    case = replace(head, width_in=64, width_out=64, tokens=24, bias=True, dtype="fp32")
+    on_device = {name: tensor.to("meta") for name, tensor in _tensors(case).items()}
+    problem = timing.Problem(case, **on_device)
+    problem.x.requires_grad_()
+    made = measure.step(arms.build("torch", problem), problem)
+    found = [*made, *rotations.truth(problem), *vars(lycoris.truth(problem)).values()]
+    assert {tensor.device.type for tensor in found} == {"meta"}
+
+
+def _tensors(case):
+    problem = timing.make_problem(case)
+    return {name: getattr(problem, name) for name in ("x", "weight", "bias", "u", "grad_y")}
 
 
 def test_a_step_that_breaks_takes_no_other_along(run, monkeypatch, capsys):
@@ -268,7 +315,11 @@ def test_stages_are_timed_by_events_behind_a_waiting_kernel(calls):
 def test_a_real_run_measures_what_a_dry_run_prepares(calls, tmp_path, monkeypatch):
     from peftkern import dispatch
 
-    small = [replace(SMALL, dtype="bf16+fp32"), replace(SMALL, kind="gram_schmidt"), replace(SMALL, kind="op:rotate")]
+    small = [
+        replace(SMALL, dtype="bf16+fp32"),
+        replace(SMALL, kind="gram_schmidt"),
+        replace(SMALL, kind="op:rotate", of="linear"),
+    ]
     monkeypatch.setattr(plan, "cases", lambda operations: small)
     monkeypatch.setitem(dispatch.PREFERENCE, "cpu", ("cpu", "reference"))
     out = tmp_path / "timing.jsonl"
@@ -281,8 +332,8 @@ def test_a_real_run_measures_what_a_dry_run_prepares(calls, tmp_path, monkeypatc
     assert all(info["peak_bytes"] == 7 and info["overhead"]["rounds"] >= 1 for info in rows)
     judged = [info for info in rows if info["arm"] in ("peft", "torch", "reference-fast", "reference-exact")]
     assert all(set(info["error"]) == {"y", "dx", "du"} for info in judged)
-    (compiled,) = {info["not_available"].get("compiled") for info in rows if info["arm"] == "frozen"} - {None}
-    assert "compiling takes long" in compiled
+    reasons = {info["not_available"].get("compiled") for info in rows if info["arm"] == "frozen"} - {None}
+    assert reasons and all("compiling takes long" in reason for reason in reasons)
 
     peaks = card.peaks(device, copy_sizes=(2**16,), product_sizes=(32, 64))
     assert set(peaks["flops_per_second"]) == {kind for kind, _, _ in card.PRODUCTS}

@@ -7,12 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import cards, model
+from bench import cards, layers, model
 from bench.cases import Case
 from bench.gpu import page, predictions, timing
 from bench.gpu import plan as gpu_plan
 from bench.gpu.device import StandIn
-from bench.model import NoCosts, Prediction
+from bench.layers import NoCosts
+from bench.model import Prediction
 from bench.result import Result
 from peftkern import dispatch
 from peftkern.ops._costs import FLOP_KINDS, Launch
@@ -21,6 +22,7 @@ H100 = cards.card("H100")
 ONE_SECOND = cards.Rates("one", dict.fromkeys(FLOP_KINDS, 1.0), hbm=1.0, l2=2.0, launch=0.5)
 FOUR = replace(H100, multiprocessors=4)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+HRA, OFT, BOFT = (goal.case for goal in model.GOALS)
 
 
 @pytest.mark.parametrize(
@@ -52,23 +54,58 @@ def test_own_products_are_derated_and_the_librarys_are_not():
     slower = replace(ONE_SECOND, own=0.5)
     flops = {"tensor_bf16": 8}
     assert model.time_of(Launch("k", 0, 0, 0, flops), FOUR, slower)[0] == 16
-    assert model.time_of(Launch(model.LIBRARY + "k", 0, 0, 0, flops), FOUR, slower)[0] == 8
+    assert model.time_of(Launch(layers.LIBRARY + "k", 0, 0, 0, flops), FOUR, slower)[0] == 8
     assert model.time_of(Launch("k", 0, 0, 0, {"fp64": 8}), FOUR, slower)[0] == 8
 
 
 def test_the_floor_of_the_goal_is_what_the_data_sheet_gives():
-    floor = model.predict(model.frozen(model.GOAL_CASE), H100, H100.peak)
+    floor = model.predict(layers.frozen(HRA), H100, H100.peak)
     assert floor.seconds == pytest.approx(2 * (2 * 8192 * 4096 * 4096 / 989.4e12 + 1e-6))
     assert floor.limit == "tensor bf16"
-    in_fp32 = model.predict(model.frozen(replace(model.GOAL_CASE, dtype="fp32")), H100, H100.peak)
+    in_fp32 = model.predict(layers.frozen(replace(HRA, dtype="fp32")), H100, H100.peak)
     assert in_fp32.limit == "fp32"
 
 
 def test_no_form_that_calls_the_frozen_layer_as_it_is_reaches_the_goal():
     passes = 5 * 8192 * 4096 * 2 / 3.35e12
-    least = model.predict(model.fewest_passes(model.GOAL_CASE), H100, H100.peak).seconds
-    assert least == pytest.approx(model.predict(model.frozen(model.GOAL_CASE), H100, H100.peak).seconds + passes + 2e-6)
-    assert "five times at least: 18.3 %" in "".join(model.goal())
+    least = model.predict(layers.fewest_passes(HRA), H100, H100.peak).seconds
+    assert least == pytest.approx(model.predict(layers.frozen(HRA), H100, H100.peak).seconds + passes + 2e-6)
+    assert "five times at least: 18.3 %" in "".join(model.goal_lines())
+
+
+def test_a_scaled_output_is_ten_passes_at_least():
+    size = 8192 * 4096 * 2
+    passes = layers.fewest_passes(BOFT)
+    assert sum(launch.unique for launch in passes) == 10 * size + sum(launch.unique for launch in layers.frozen(BOFT))
+    assert [launch.unique for launch in layers.fewest_passes(OFT)] == [
+        launch.unique for launch in layers.fewest_passes(HRA)
+    ]
+
+
+@pytest.mark.parametrize("kind", layers.KINDS)
+@pytest.mark.parametrize("precision", layers.PRECISIONS)
+def test_a_layer_of_each_kind_is_made_of_operations_that_exist(kind, precision):
+    factor = layers.KINDS[kind].factor
+    names = {*factor, *layers.KINDS[kind].rows[precision]}
+    assert names <= set(dispatch.operations())
+    assert all(f"{name}_backward" in names for name in names if not name.endswith("_backward"))
+
+
+def test_what_autograd_adds_is_sums_of_gradients_and_casts_of_half_precision_parameters(monkeypatch):
+    monkeypatch.setattr(layers, "launches_of", lambda *args: [])
+
+    def glue(case):
+        return {
+            launch.kernel.removeprefix("library: "): launch for launch in layers.layer(case, "", "fast", "")["autograd"]
+        }
+
+    mixed = {"dtype": "bf16+fp32"}
+    assert glue(replace(OFT, **mixed)) == glue(replace(BOFT, **mixed)) == {}
+    assert set(glue(replace(HRA, **mixed))) == {"dV + dV"}
+    assert set(glue(OFT)) == {"q to float32", "dq to q's dtype"}
+    assert glue(OFT)["q to float32"].unique == (2 + 4) * 128 * 32 * 31 // 2
+    assert glue(BOFT)["dboft_R to boft_R's dtype"].unique == (2 + 4) * 4 * 512 * 8 * 8
+    assert glue(BOFT)["boft_s to float32"].unique == (2 + 4) * 4096
 
 
 def test_unknown_cards_are_refused_with_a_sentence(capsys):
@@ -96,13 +133,18 @@ def test_flops_of_an_unknown_kind_are_refused():
 # ---- what the kernels state
 
 
+def case_of(op):
+    """A layer in which an operation occurs, or one of its family."""
+    return BOFT if dispatch.operations()[op].family.endswith("butterfly") else HRA
+
+
 def stated():
     """(operation, backend) whose costs are stated."""
     found = []
     for name in dispatch.operations():
         for backend in model.BACKENDS:
             try:
-                model.launches_of(name, backend, model.GOAL_CASE, "sm90")
+                layers.launches_of(name, backend, case_of(name), "sm90")
             except NoCosts:
                 continue
             found.append((name, backend))
@@ -118,7 +160,7 @@ families = pytest.mark.parametrize("family", sorted({card.family for card in car
 @families
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_costs_are_of_launches_that_could_be(op, served_by, family, dtype):
-    launches = model.launches_of(op, served_by, replace(model.GOAL_CASE, dtype=dtype), family)
+    launches = layers.launches_of(op, served_by, replace(case_of(op), dtype=dtype), family)
     assert launches
     for launch in launches:
         assert isinstance(launch, Launch) and launch.kernel
@@ -135,7 +177,7 @@ def test_more_columns_and_more_rows_never_cost_less(op, served_by, card):
     card = cards.card(card)
 
     def seconds(**changes):
-        launches = model.launches_of(op, served_by, replace(model.GOAL_CASE, **changes), card.family)
+        launches = layers.launches_of(op, served_by, replace(case_of(op), **changes), card.family)
         return model.predict(launches, card, card.peak).seconds
 
     # Between 32 and 64 a backend may change to another form of the operation.
@@ -146,11 +188,11 @@ def test_more_columns_and_more_rows_never_cost_less(op, served_by, card):
     assert by_rows == sorted(by_rows)
 
 
-@pytest.mark.skipif(not model.layers(H100, H100.peak, [model.GOAL_CASE]), reason="no backend states a layer's costs")
+@pytest.mark.skipif(not model.layers_of(H100, H100.peak), reason="no backend states a layer's costs")
 def test_no_layer_is_faster_than_its_frozen_layer():
     for card in cards.CARDS.values():
         for rates in (card.peak, cards.typical(card)):
-            for found in model.layers(card, rates):
+            for found in model.layers_of(card, rates):
                 assert found.added > 0, (card.name, rates.name, found.case.id, found.backend, found.precision)
                 assert found.total.seconds == pytest.approx(sum(part.seconds for part in found.parts.values()))
 
@@ -166,34 +208,59 @@ def invented(monkeypatch):
         if backend != "cuda":
             raise NoCosts(f"{backend} does not write {op}")
         own = Launch(op, 10**7, 0, 10**7)
-        base = {"rotated_linear": 0, "rotated_linear_backward": 1}
-        return [model.frozen(case)[base[op]], own] if op in base else [own]
+        if "rotated_linear" in op:
+            return [layers.frozen(case)[op.endswith("_backward")], own]
+        return [own]
 
-    monkeypatch.setattr(model, "launches_of", launches)
+    monkeypatch.setattr(layers, "launches_of", launches)
 
 
-def test_the_output_says_that_it_predicts_and_whether_the_goal_is_reached(invented, capsys):
-    assert model.main(["--card", "H100"]) == 0
+def test_the_output_says_that_it_predicts_and_whether_the_goals_are_reached(invented, capsys):
+    assert model.main(["--card", "H100", "--launches"]) == 0
     text = capsys.readouterr().out
     assert text.startswith("PREDICTIONS, not measurements")
-    assert "cuda, exact, at data-sheet peaks: reached, predicted" in text
-    assert "Predicted to be reached by cuda, fast, at data-sheet peaks; cuda, exact, at data-sheet peaks;" in text
-    assert "triton, fast: triton does not write wy_factor" in text
+    goals = text[text.index("Goal: ") : text.index("Not predicted")].split("Goal: ")[1:]
+    for goal, what in zip(goals, ("HRA r 32", "OFT b 32", "BOFT b 8, f 4"), strict=True):
+        assert goal.startswith(f"{what}, bf16, 4096 x 4096, 8192 tokens on H100 SXM adds at most ")
+        assert "cuda, exact, at data-sheet peaks: reached, predicted" in goal
+        assert "Predicted to be reached by cuda, fast, at data-sheet peaks; cuda, exact, at data-sheet peaks;" in goal
+    assert "OFT, 4096 wide, b 32, fp32" in text and "BOFT, 4096 wide, b 8, f 4, bf16, cuda, exact" in text
+    assert "linear, triton, fast: triton does not write wy_factor" in text
+    assert "boft, triton, exact: triton does not write dense_cayley" in text
     assert all(line in text for line in cards.ASSUMPTIONS)
 
 
-def test_the_goal_is_called_missed_where_it_is(invented, monkeypatch):
-    monkeypatch.setattr(model, "GOAL", 0.001)
-    text = "".join(model.goal())
+def test_a_goal_is_called_missed_where_it_is(invented, monkeypatch):
+    monkeypatch.setattr(model, "GOALS", (replace(model.GOALS[0], most=0.001),))
+    text = "".join(model.goal_lines())
     assert "missed" in text and ": reached" not in text
     assert text.endswith("No backend and precision is predicted to reach it, at either rates.")
+
+
+def test_goals_of_kernels_without_costs_are_stated_as_such(invented, monkeypatch, tmp_path):
+    def launches(op, backend, case, family):
+        if case.layer == "oft":
+            raise NoCosts("not stated")
+        return known(op, backend, case, family)
+
+    known = layers.launches_of
+    monkeypatch.setattr(layers, "launches_of", launches)
+    _, oft, boft = "\n".join(model.goal_lines()).split("Goal: ")[1:]
+    assert "No backend states its costs" in oft and "No backend states its costs" not in boft
+    html = predictions.section(tmp_path)
+    assert html.count("No backend states its costs") == 1
+    assert "<td>BOFT, 8192 wide, b 8, f 4, bf16</td>" in html and "<td>OFT, 4096" not in html
+
+
+OPERATIONS = {gpu_plan.HEAD: "rotate", gpu_plan.BOFT: "butterfly_rotate"}
 
 
 def test_measured_figures_stand_beside_the_predictions(invented, tmp_path):
     device = StandIn()
     rows = []
-    for kind in ("linear", "op:rotate"):
-        measured = timing.measure_case(gpu_plan.shrunk(replace(gpu_plan.HEAD, kind=kind)), device, 0.01)
+    timed = [replace(head, kind=f"op:{op}", of=head.kind) for head, op in OPERATIONS.items()]
+    for case in (*OPERATIONS, *timed):
+        measured = timing.measure_case(gpu_plan.shrunk(case), device, 0.01)
         # What a card would have measured: the reference's rows under the name of a backend that has predictions.
         rows += timing.as_rows(measured)
     for row in rows:
@@ -211,15 +278,16 @@ def test_measured_figures_stand_beside_the_predictions(invented, tmp_path):
     html = page.render(result)
     assert predictions.LABEL in html and "measured rates" in html
     head, lines = predictions.beside_layers(result)
-    assert [line[1:3] for line in lines] == [["cuda", "fast"], ["cuda", "exact"]]
+    assert [line[1:3] for line in lines] == 2 * [["cuda", "fast"], ["cuda", "exact"]]
+    assert lines[2][0].startswith("BOFT, ")
     assert len(head) == len(lines[0]) == 8
     head, lines = predictions.beside_operations(result)
-    assert len(lines) == 1 and lines[0][0].startswith("rotate")
+    assert [line[0].partition(",")[0] for line in lines] == ["rotate", "butterfly_rotate"]
     assert "Measured: NVIDIA H100 80GB HBM3" in predictions.section(tmp_path)
 
 
 def test_predictions_of_a_case_are_about_that_case():
     case = Case("linear", 2048, 4096, 8192, 8, "bf16")
-    forward, backward = model.frozen(case)
+    forward, backward = layers.frozen(case)
     assert forward.flops == backward.flops == {"tensor_bf16": 2 * 2048 * 4096 * 8192}
     assert forward.written == 2 * 8192 * 4096 and backward.written == 2 * 8192 * 2048
