@@ -1,6 +1,6 @@
 // rotate and rotate_backward for bf16 activations on AMX tiles; every other call goes to the AVX-512 kernels.
 // Chosen by dispatch.cpp. All stages of a group of G columns are multiplied out to one dense matrix G x G per call:
-// z = x D, dx = dz D^T, dD = x^T dz, and the blocks' gradients are those of G rows: of I D with the incoming dD.
+// z = x D, dx = dz D^T, dD = x^T dz, and the stages' gradients are those of G rows, the identity, with the incoming dD.
 #if defined(__x86_64__)
 #include <cmath>
 #include <cstdlib>
@@ -24,10 +24,9 @@
 namespace peftkern {
 namespace PEFTKERN_ISA {
 
-constexpr int kMaxGroup = 128;    // columns of a dense matrix
-constexpr int kRunColumns = 128;  // columns of a task: with their matrices they stay in cache over all its rows
-constexpr int kRunRows = 256;     // rows of a task that needs no sum
-constexpr int kPackedBlocks = 4;  // blocks of 32 rows whose x^T g is added up in tile registers
+constexpr int kMaxGroup = 128;            // columns of a dense matrix
+constexpr int64_t kRunNumbers = 1 << 16;  // of the matrices of a task: they stay in cache over all its rows
+constexpr int kRunRows = 256;             // rows of a task that adds nothing up
 
 // Whole groups of the butterfly and whole panels.
 inline int64_t group_columns(const Blocks& R) {
@@ -36,17 +35,21 @@ inline int64_t group_columns(const Blocks& R) {
   return G;
 }
 
-// Tiles do 16 times the multiply-adds of vectors; two terms, and first G rows through all stages in vectors.
+// Tiles do 16 times the multiply-adds of vectors; two terms, and first G rows through several stages in vectors.
 inline bool worth_block_tiles(const Rows& x, int64_t M, const Blocks& R) {
   if (x.dtype != kBFloat16 || R.dtype != kFloat32) return false;
-  int64_t G = group_columns(R), vector_work = int64_t(R.b) * R.f;
-  return G <= kMaxGroup && R.K % G == 0 && M * G * kBlockTerms / 16 + G * vector_work < M * vector_work;
+  int64_t G = group_columns(R), vector_work = int64_t(R.b) * R.f, once = R.f > 1 ? G * vector_work : G;
+  return G <= kMaxGroup && R.K % G == 0 && M * G * kBlockTerms / 16 + once < M * vector_work;
 }
 
 // Runs of columns times runs of rows; a task owns the columns of its groups, so that sums need no atomics.
 struct GroupTasks {
   GroupTasks(int64_t M, int64_t K, int64_t G, int64_t rows)
-      : M(M), K(K), rows(rows), width(G < kRunColumns ? kRunColumns / G * G : G), runs(ceil_div(K, width)) {}
+      : M(M),
+        K(K),
+        rows(rows),
+        width(round_up(ceil_div(K, ceil_div(K * G, kRunNumbers)), G)),
+        runs(ceil_div(K, width)) {}
   int64_t count() const { return runs * ceil_div(M, rows); }
   int64_t first_row(int64_t task) const { return task / runs * rows; }
   int64_t end_row(int64_t task) const { return first_row(task) + rows < M ? first_row(task) + rows : M; }
@@ -63,13 +66,14 @@ inline HalfBlock group_block(const Rows& x, int64_t row0, int rows, int64_t c0, 
   return {scratch, G};
 }
 
+// Brings a block of rows of a group near, one block before its turn.
 inline void prefetch_rows(const Rows& x, int64_t row0, int64_t end, int64_t c0, int64_t G, bool write) {
   for (int64_t row = row0; row < end && row < row0 + kBlock; row++)
-    for (int64_t c = 0; c < G; c += kPanel) {
+    for (int64_t c = c0; c < c0 + G; c += kPanel) {
       if (write)
-        __builtin_prefetch(address(x, row, c0 + c), 1);
+        __builtin_prefetch(address(x, row, c), 1);
       else
-        __builtin_prefetch(address(x, row, c0 + c));
+        __builtin_prefetch(address(x, row, c));
     }
 }
 
@@ -109,12 +113,22 @@ class GroupProducts {
   int64_t row0_ = 0, c0_ = 0;
 };
 
+// The dense matrices of a call and the scratch they come from; eye is what several stages act on.
+struct MultipliedOut {
+  MultipliedOut(const Blocks& R, int64_t G, bool transpose, int threads)
+      : eye(R.f > 1 ? G * R.K : 0),
+        numbers(G * R.K),
+        matrices(R.f > 1 ? multiply_out(R, G, transpose, eye.data(), numbers.data(), threads)
+                         : spread_blocks(R, G, transpose, numbers.data(), threads)) {}
+  Buffer<float> eye, numbers;
+  GroupMatrices matrices;
+};
+
 void rotate_tiles(const Rows& x, int64_t M, const Blocks& R, bool transpose, const Rows& z, const Rows& rest,
                   int threads) {
   int64_t K = R.K, G = group_columns(R);
-  Buffer<float> eye(G * K), dense(G * K);
-  multiply_out(R, G, transpose, eye.data(), dense.data(), threads);
-  GroupTiles D(dense.data(), K, G, threads);
+  MultipliedOut dense(R, G, transpose, threads);
+  GroupTiles D(dense.matrices, K, G, threads);
   GroupTasks tasks(M, K, G, kRunRows);
   threads = useful_threads(threads, tasks.count(), M * K * G / 8);
   Buffer<float> sums(threads * 2 * kBlock * G);
@@ -127,13 +141,12 @@ void rotate_tiles(const Rows& x, int64_t M, const Blocks& R, bool transpose, con
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < tasks.count(); task++) {
       GroupProducts products(D, z, rest, own_sums);
-      int64_t end = tasks.end_row(task);
+      int64_t end = tasks.end_row(task), last = tasks.end_column(task);
       for (int64_t row0 = tasks.first_row(task); row0 < end; row0 += kBlock) {
         int rows = min_int(kBlock, end - row0);
-        for (int64_t c0 = tasks.first_column(task); c0 < tasks.end_column(task); c0 += G) {
+        for (int64_t c0 = tasks.first_column(task); c0 < last; c0 += G) {
           prefetch_rows(x, row0 + kBlock, end, c0, G, false);
           prefetch_rows(z, row0 + kBlock, end, c0, G, true);
-          if (rest.data) prefetch_rows(rest, row0 + kBlock, end, c0, G, true);
           products.add(group_block(x, row0, rows, c0, G, copy), row0, rows, c0, c0 / G);
         }
       }
@@ -143,95 +156,72 @@ void rotate_tiles(const Rows& x, int64_t M, const Blocks& R, bool transpose, con
   }
 }
 
-// The sums of a group [panel of x][panel of g][outer_panels' D], added up in order, to columns c0 on of rows [G][K].
-inline void unpack_sums(const float* partial, int64_t sums, int64_t sum_size, int64_t G, int64_t K, float* rows) {
-  int panels = int(G / kPanel);
-  Word16 first = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23}, second = first + 8;
-  for (int64_t i = 0; i < G; i++)
-    for (int p = 0; p < panels; p++) {
-      int64_t d = i % kPanel;
-      const float* from = partial + ((i / kPanel * panels + p) * 4 + d % 2 * 2) * 256 + d / 2 * 16;
-      VF::type even = {}, odd = {};
-      for (int64_t s = 0; s < sums; s++) {
-        even += VF::load(from + s * sum_size);
-        odd += VF::load(from + s * sum_size + 256);
-      }
-      float* to = rows + i * K + p * kPanel;
-      VF::store(to, (VF::type)_mm512_permutex2var_ps((__m512)even, (__m512i)first, (__m512)odd));
-      VF::store(to + 16, (VF::type)_mm512_permutex2var_ps((__m512)even, (__m512i)second, (__m512)odd));
-    }
-}
-
 // Rows that one sum of dD takes: few sums, which are as large as the blocks, but tasks for many threads.
 inline int64_t rows_per_group_sum(int64_t M) { return round_up(ceil_div(M, 16) > 512 ? ceil_div(M, 16) : 512, kBlock); }
 
 void rotate_backward_tiles(const Rows& dz, const Rows& x, int64_t M, const Blocks& R, bool transpose, void* dx,
-                           void* dR, int threads) {
+                           float* dR, int threads) {
   int64_t K = R.K, G = group_columns(R);
   int requested = threads, panels = int(G / kPanel);
-  Buffer<float> eye(G * K), dense(G * K);
-  multiply_out(R, G, !transpose, eye.data(), dense.data(), threads);
-  GroupTiles D(dense.data(), K, G, threads);
+  MultipliedOut dense(R, G, !transpose, threads);
+  GroupTiles D(dense.matrices, K, G, threads);
   GroupTasks tasks(M, K, G, rows_per_group_sum(M));
-  int64_t sum_size = K * G, sums = ceil_div(M, tasks.rows), packed_size = kPackedBlocks * 2 * kTile;
+  int64_t sum_size = K * G, sums = ceil_div(M, tasks.rows), packed_size = panels * 2 * kTile;
+  bool in_place = dx == dz.data;
   Buffer<float> partial(dR ? sums * sum_size : 0);
   Rows out = {dx, kBFloat16, K};
   threads = useful_threads(threads, tasks.count(), M * K * G / 4);
-  Buffer<float> product_sums(threads * 2 * kBlock * G);
-  Buffer<uint16_t> copies(threads * kBlock * G * 2), packed(threads * 2 * panels * packed_size);
+  Buffer<float> products_sums(threads * 2 * kBlock * G);
+  Buffer<uint16_t> copies(threads * 2 * kBlock * G), packed(threads * 2 * packed_size);
 #pragma omp parallel num_threads(threads)
   {
-    float* own_sums = product_sums.data() + thread_index() * 2 * kBlock * G;
-    uint16_t* copy = copies.data() + thread_index() * kBlock * G * 2;
-    uint16_t *packed_x = packed.data() + thread_index() * 2 * panels * packed_size,
-             *packed_g = packed_x + panels * packed_size;
+    float* own_sums = products_sums.data() + thread_index() * 2 * kBlock * G;
+    uint16_t *copy_g = copies.data() + thread_index() * 2 * kBlock * G, *copy_x = copy_g + kBlock * G;
+    uint16_t *packed_x = packed.data() + thread_index() * 2 * packed_size, *packed_g = packed_x + packed_size;
     configure_tiles(16);
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < tasks.count(); task++) {
-      int64_t end = tasks.end_row(task), chunk = kPackedBlocks * kBlock;
-      int64_t first = tasks.first_column(task), last = tasks.end_column(task);
+      GroupProducts products(D, out, {}, own_sums);
+      int64_t end = tasks.end_row(task), first = tasks.first_column(task), last = tasks.end_column(task);
       float* sum = partial.data() + tasks.first_row(task) / tasks.rows * sum_size;
       if (dR) memset(sum + first * G, 0, (last - first) * G * sizeof(float));
-      for (int64_t row0 = tasks.first_row(task); row0 < end; row0 += chunk) {
-        int blocks = int(ceil_div(min_int(int(chunk), end - row0), kBlock));
+      for (int64_t row0 = tasks.first_row(task); row0 < end; row0 += kBlock) {
+        int rows = min_int(kBlock, end - row0);
         for (int64_t c0 = first; c0 < last; c0 += G) {
-          GroupProducts products(D, out, {}, own_sums);
-          for (int i = 0; i < blocks; i++) {
-            int64_t row = row0 + i * kBlock;
-            int rows = min_int(kBlock, end - row);
-            HalfBlock g = group_block(dz, row, rows, c0, G, copy);
-            prefetch_rows(dz, row + chunk, end, c0, G, false);
-            if (dx) prefetch_rows(out, row + chunk, end, c0, G, true);
-            if (dR) {
-              prefetch_rows(x, row + chunk, end, c0, G, false);
-              HalfBlock u = group_block(x, row, rows, c0, G, copy + kBlock * G);
-              for (int p = 0; p < panels; p++) {
-                pack_transposed({u.data + p * kPanel, u.stride}, packed_x + p * packed_size + i * 2 * kTile);
-                pack_gradient({g.data + p * kPanel, g.stride}, packed_g + p * packed_size + i * 2 * kTile);
-              }
+          prefetch_rows(dz, row0 + kBlock, end, c0, G, in_place);
+          if (dx && !in_place) prefetch_rows(out, row0 + kBlock, end, c0, G, true);
+          if (dR) prefetch_rows(x, row0 + kBlock, end, c0, G, false);
+          HalfBlock g = group_block(dz, row0, rows, c0, G, copy_g);
+          if (dR) {
+            HalfBlock u = group_block(x, row0, rows, c0, G, copy_x);
+            for (int p = 0; p < panels; p++) {
+              pack_transposed({u.data + p * kPanel, u.stride}, packed_x + p * 2 * kTile);
+              pack_gradient({g.data + p * kPanel, g.stride}, packed_g + p * 2 * kTile);
             }
-            if (dx) products.add(g, row, rows, c0, c0 / G);
           }
-          products.finish();
+          if (dx) products.add(g, row0, rows, c0, c0 / G);
           if (!dR) continue;
           finish_stores();
           for (int p = 0; p < panels; p++)
             for (int q = 0; q < panels; q++)
-              outer_panels(packed_x + p * packed_size, packed_g + q * packed_size, blocks,
-                           sum + c0 * G + (p * panels + q) * kBlock * kPanel);
+              outer_panel(packed_x + p * 2 * kTile, packed_g + q * 2 * kTile, sum + c0 * G + (p * panels + q) * 1024);
         }
       }
+      products.finish();
     }
     _tile_release();
   }
   if (!dR) return;
   int64_t groups = K / G;
+  const GroupMatrices& dD = dense.matrices;
   threads = useful_threads(requested, groups, (sums + 1) * sum_size);
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t g = 0; g < groups; g++)
-    unpack_sums(partial.data() + g * G * G, sums, sum_size, G, K, dense.data() + g * G);
-  avx512::block_kernels.rotate_backward({dense.data(), kFloat32, K}, {eye.data(), kFloat32, K}, G, R, transpose,
-                                        nullptr, dR, requested);
+  for (int64_t g = 0; g < groups; g++) unpack_sums(partial.data() + g * G * G, sums, sum_size, G, dD.of(g), dD.ld);
+  if (R.f == 1)
+    gather_blocks(dD, R, G, transpose, dR, requested);
+  else
+    avx512::block_kernels.rotate_backward({dD.data, kFloat32, K}, {dense.eye.data(), kFloat32, K}, G, R, transpose,
+                                          nullptr, dR, requested);
 }
 
 void rotate_blocks_entry(const Rows& x, int64_t M, const Blocks& R, bool transpose, const Rows& z, const Rows& rest,
@@ -245,7 +235,7 @@ void rotate_blocks_entry(const Rows& x, int64_t M, const Blocks& R, bool transpo
 void rotate_blocks_backward_entry(const Rows& dz, const Rows& x, int64_t M, const Blocks& R, bool transpose, void* dx,
                                   void* dR, int threads) {
   if (worth_block_tiles(x, M, R))
-    rotate_backward_tiles(dz, x, M, R, transpose, dx, dR, threads);
+    rotate_backward_tiles(dz, x, M, R, transpose, dx, static_cast<float*>(dR), threads);
   else
     avx512::block_kernels.rotate_backward(dz, x, M, R, transpose, dx, dR, threads);
 }

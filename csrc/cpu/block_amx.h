@@ -1,6 +1,6 @@
 // Products of 32 rows of bf16 with the dense matrix [G][G] of a group of columns, on AMX tiles with fp32 sums.
-// Used by block_amx.cpp; G is a multiple of 32. x is exact in one bf16 term, the matrix takes two, high and low: 16
-// bits, where the result is rounded to 8. x^T g takes one product, both being exact.
+// Used by block_amx.cpp; G is a multiple of 32, and of b 2^(f-1). x is exact in one bf16 term, the matrix takes two,
+// high and low: 16 bits, where the result is rounded to 8. x^T g takes one product, both being exact.
 #pragma once
 
 #include "amx_tiles.h"
@@ -11,24 +11,52 @@ namespace PEFTKERN_ISA {
 
 constexpr int kBlockTerms = 2;
 
-// Dense matrices as rows [G][K], that of group g in the columns [g G, g G + G): the product of all stages.
-inline void multiply_out(const Blocks& R, int64_t G, bool transpose, float* eye, float* dense, int threads) {
+// Dense matrices of groups, each [G][ld].
+struct GroupMatrices {
+  float* data;
+  int64_t group_stride, ld;
+  float* of(int64_t group) const { return data + group * group_stride; }
+};
+
+// Blocks of one stage, or their transposes, on the diagonals of matrices [G][G].
+inline GroupMatrices spread_blocks(const Blocks& R, int64_t G, bool transpose, float* dense, int threads) {
+  int64_t groups = R.K / G, b = R.b, per_group = G / b;
+  threads = useful_threads(threads, groups, R.K * G);
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t group = 0; group < groups; group++) {
+    float* matrix = dense + group * G * G;
+    if (per_group > 1) memset(matrix, 0, G * G * sizeof(float));
+    for (int64_t j = 0; j < per_group; j++) {
+      const float* from = static_cast<const float*>(R.data) + (R.stored == 1 ? 0 : group * per_group + j) * b * b;
+      float* to = matrix + j * b * (G + 1);
+      for (int64_t r = 0; r < b; r++)
+        for (int64_t c = 0; c < b; c++) to[r * G + c] = transpose ? from[c * b + r] : from[r * b + c];
+    }
+  }
+  return {dense, G * G, G};
+}
+
+// The same of several stages multiplied out: what they make of the rows of G x G identities, which it leaves in eye.
+inline GroupMatrices multiply_out(const Blocks& R, int64_t G, bool transpose, float* eye, float* dense, int threads) {
   memset(eye, 0, G * R.K * sizeof(float));
   for (int64_t i = 0; i < G; i++)
     for (int64_t c = i; c < R.K; c += G) eye[i * R.K + c] = 1;
   avx512::block_kernels.rotate({eye, kFloat32, R.K}, G, R, transpose, {dense, kFloat32, R.K}, {}, threads);
+  return {dense, G, R.K};
 }
 
 // The matrices as right operands of tile products: [group][panel of columns][panel of rows][term][half of the columns].
 class GroupTiles {
  public:
-  GroupTiles(const float* dense, int64_t K, int64_t G, int threads)
+  GroupTiles(const GroupMatrices& matrices, int64_t K, int64_t G, int threads)
       : panels(int(G / kPanel)), tiles_(K / G * panels * panels * kBlockTerms * 2 * kTile) {
     int64_t tasks = K / kPanel;
-    threads = useful_threads(threads, tasks, K * G * 4);
+    threads = useful_threads(threads, tasks, K * G);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t task = 0; task < tasks; task++)
-      for (int k = 0; k < panels; k++) pack(dense + k * kPanel * K + task * kPanel, K, task * panels + k);
+      for (int k = 0; k < panels; k++)
+        pack(matrices.of(task / panels) + k * kPanel * matrices.ld + task % panels * kPanel, matrices.ld,
+             task * panels + k);
   }
 
   const uint16_t* tiles(int64_t group, int column_panel, int row_panel) const {
@@ -155,26 +183,59 @@ inline void pack_transposed(HalfBlock x, uint16_t* tiles) {
   }
 }
 
-// D [even or odd column of x][of g][16][16] += x^T g over `blocks` blocks of 32 rows, packed one after the other.
-inline void outer_panels(const uint16_t* x, const uint16_t* g, int blocks, float* D) {
+// D [even or odd column of x][of g][16][16] += x^T g for 32 rows, packed.
+inline void outer_panel(const uint16_t* x, const uint16_t* g, float* D) {
   _tile_loadd(0, D, 64);
   _tile_loadd(1, D + 256, 64);
   _tile_loadd(2, D + 512, 64);
   _tile_loadd(3, D + 768, 64);
-  for (int i = 0; i < blocks; i++, x += 2 * kTile, g += 2 * kTile) {
-    _tile_loadd(4, x, 64);
-    _tile_loadd(5, x + kTile, 64);
-    _tile_loadd(6, g, 64);
-    _tile_loadd(7, g + kTile, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-  }
+  _tile_loadd(4, x, 64);
+  _tile_loadd(5, x + kTile, 64);
+  _tile_loadd(6, g, 64);
+  _tile_loadd(7, g + kTile, 64);
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_dpbf16ps(1, 4, 7);
+  _tile_dpbf16ps(2, 5, 6);
+  _tile_dpbf16ps(3, 5, 7);
   _tile_stored(0, D, 64);
   _tile_stored(1, D + 256, 64);
   _tile_stored(2, D + 512, 64);
   _tile_stored(3, D + 768, 64);
+}
+
+// The sums of a group, [panel of x][panel of g][outer_panel's D], as rows [G][ld]; several of them added up in order.
+inline void unpack_sums(const float* partial, int64_t sums, int64_t sum_size, int64_t G, float* rows, int64_t ld) {
+  int64_t panels = G / kPanel;
+  Word16 first = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23}, second = first + 8;
+  for (int64_t i = 0; i < G; i++)
+    for (int64_t p = 0; p < panels; p++) {
+      int64_t d = i % kPanel;
+      const float* from = partial + ((i / kPanel * panels + p) * 4 + d % 2 * 2) * 256 + d / 2 * 16;
+      VF::type even = {}, odd = {};
+      for (int64_t s = 0; s < sums; s++) {
+        even += VF::load(from + s * sum_size);
+        odd += VF::load(from + s * sum_size + 256);
+      }
+      float* to = rows + i * ld + p * kPanel;
+      VF::store(to, (VF::type)_mm512_permutex2var_ps((__m512)even, (__m512i)first, (__m512)odd));
+      VF::store(to + 16, (VF::type)_mm512_permutex2var_ps((__m512)even, (__m512i)second, (__m512)odd));
+    }
+}
+
+// dR of one stage: the blocks on the diagonals of dD; those that share one added up in order.
+inline void gather_blocks(const GroupMatrices& dD, const Blocks& R, int64_t G, bool transpose, float* dR, int threads) {
+  int64_t b = R.b, per_group = G / b, blocks = R.K / b, shared = blocks / R.stored;
+  threads = useful_threads(threads, R.stored, R.K * b);
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t stored = 0; stored < R.stored; stored++) {
+    float* to = dR + stored * b * b;
+    memset(to, 0, b * b * sizeof(float));
+    for (int64_t j = stored; j < stored + shared; j++) {
+      const float* from = dD.of(j / per_group) + j % per_group * b * (dD.ld + 1);
+      for (int64_t r = 0; r < b; r++)
+        for (int64_t c = 0; c < b; c++) to[r * b + c] += transpose ? from[c * dD.ld + r] : from[r * dD.ld + c];
+    }
+  }
 }
 
 }  // namespace PEFTKERN_ISA
