@@ -192,7 +192,7 @@ def render(result: Result) -> str:
         )
     )
     lead = escape(str(gpu["card"].get("name") or "no GPU")) + (f". <b>{DRY}</b>" if gpu["dry_run"] else "")
-    return markup.document("Householder reflection adapters on a GPU", lead, "".join(sections))
+    return markup.document("HRA, OFT and BOFT layers on a GPU", lead, "".join(sections))
 
 
 def _setting(result: Result) -> str:

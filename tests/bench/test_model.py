@@ -91,6 +91,24 @@ def test_a_layer_of_each_kind_is_made_of_operations_that_exist(kind, precision):
     assert all(f"{name}_backward" in names for name in names if not name.endswith("_backward"))
 
 
+def test_the_sizes_of_a_layer_reach_the_costs_by_their_names(monkeypatch):
+    asked = []
+
+    class Costs:
+        def launches(op, backend, **sizes):
+            asked.append((op, backend, sizes))
+            return []
+
+    monkeypatch.setattr(layers, "_costs", lambda family: Costs)
+    shared = {"M": 8192, "K": 4096, "N": 4096, "dtype": torch.bfloat16, "family": "sm90"}
+    sizes = {HRA: {"r": 32}, OFT: {"b": 32, "f": 1}, BOFT: {"b": 8, "f": 4}}
+    for case, own in sizes.items():
+        layers.layer(case, "cuda", "exact", "sm90")
+        names = (layers.KINDS[case.kind].factor[0], *layers.KINDS[case.kind].rows["exact"])
+        assert asked[: len(names)] == [(name, "cuda", {**shared, **own}) for name in names]
+        asked.clear()
+
+
 def test_what_autograd_adds_is_sums_of_gradients_and_casts_of_half_precision_parameters(monkeypatch):
     monkeypatch.setattr(layers, "launches_of", lambda *args: [])
 
