@@ -25,17 +25,21 @@ def _terms(b_x):
 
 
 @triton.jit
-def dot(b_a, b_b, b_acc):
-    """acc + a b; of float32 the six products of terms that float32 can see, the smallest first."""
+def dot(b_a, b_b, b_acc, TRANSPOSE: tl.constexpr = False):
+    """acc + a b (a^T b); of float32 the six products of terms that float32 can see, the smallest first."""
     if b_a.dtype == tl.float32:
         b_a0, b_a1, b_a2 = _terms(b_a)
         b_b0, b_b1, b_b2 = _terms(b_b)
+        if TRANSPOSE:
+            b_a0, b_a1, b_a2 = tl.trans(b_a0), tl.trans(b_a1), tl.trans(b_a2)
         b_sum = tl.dot(b_a2, b_b0, tl.zeros(b_acc.shape, tl.float32))
         b_sum = tl.dot(b_a1, b_b1, b_sum)
         b_sum = tl.dot(b_a0, b_b2, b_sum)
         b_sum = tl.dot(b_a1, b_b0, b_sum)
         b_sum = tl.dot(b_a0, b_b1, b_sum)
         return b_acc + tl.dot(b_a0, b_b0, b_sum)
+    if TRANSPOSE:
+        b_a = tl.trans(b_a)
     return tl.dot(b_a, b_b, b_acc, input_precision="ieee", out_dtype=b_acc.dtype)
 
 
@@ -141,9 +145,9 @@ def rotate_backward_kernel(
         if WANT_DR:
             b_x = tl.load(p_x + o_m * s_x + o_k, mask=mask, other=0.0)
             if TRANSPOSE:
-                b_dr += dot(tl.trans(b_dz), b_x, tl.zeros((P, P), b_dr.dtype))
+                b_dr += dot(b_dz, b_x, tl.zeros((P, P), b_dr.dtype), True)
             else:
-                b_dr += dot(tl.trans(b_x), b_dz, tl.zeros((P, P), b_dr.dtype))
+                b_dr += dot(b_x, b_dz, tl.zeros((P, P), b_dr.dtype), True)
         if WANT_DX:
             b_dx = _rotated(b_dz, b_r, B, W, P)
             tl.store(p_dx + o_m * K + o_k, b_dx.to(p_dx.dtype.element_ty), mask=mask)

@@ -32,7 +32,8 @@ def tile(family, dtype, b):
         return Tile(panel, width, 16, 4 if panel < 64 else 8, 1)
     stages = 1 if family in ("gfx942", "generic") else 3
     if dtype is torch.float32:
-        return Tile(panel, width, 64 if panel < 64 else 32, 4 if panel < 64 else 8, stages)
+        # Copied ahead, rows whose transpose is a factor would come in pieces of 4 bytes and with bank conflicts.
+        return Tile(panel, width, 32 if panel < 64 else 16, 4 if panel < 64 else 8, 1)
     return Tile(panel, width, 128 if panel < 128 else 64, 4 if panel < 64 else 8, stages)
 
 

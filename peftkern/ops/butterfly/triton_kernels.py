@@ -121,7 +121,7 @@ def blocks_gradient_kernel(
         b_h = tl.load(p_h + o_i * G, mask=mask, other=0.0)
         b_v = tl.load(p_v + o_i * G, mask=mask & (o_i < stored), other=0.0)
         b_v = tl.where((o_i == o_j) & (o_i >= stored), 1.0, b_v).to(b_h.dtype)
-        b_dr += dot(tl.trans(b_v), b_h, tl.zeros((P, P), b_dr.dtype))
+        b_dr += dot(b_v, b_h, tl.zeros((P, P), b_dr.dtype), True)
     o_i = tl.arange(0, P)[:, None]
     o_bi, o_from, _ = _place(o_i, s, B)
     o_bj, o_to, _ = _place(o_j, s, B)
