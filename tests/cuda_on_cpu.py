@@ -50,3 +50,22 @@ def cuda_on_cpu(**options):
             yield machine
         finally:
             _cuda.SIMULATED, _cuda.SIMULATED_LIBRARY = before
+
+
+def run(backend, op, args, **options):
+    """The results of an operation of a backend's module as a tuple, and its launches."""
+    with cuda_on_cpu(**options) as machine:
+        result = getattr(backend, op)(*args)
+    return result if isinstance(result, tuple) else (result,), machine.launches
+
+
+def assert_costs(stated, seen):
+    """The kernels of stated launches, those of the library left out, are those seen, to 10 % of bytes and flops."""
+    stated = [launch for launch in stated if not launch.kernel.startswith("library")]
+    for ours, launch in zip(stated, seen, strict=True):
+        counts = launch.counts
+        pairs = {"read": (counts.global_bytes_read, ours.read), "written": (counts.global_bytes_written, ours.written)}
+        pairs |= {kind: (counts.flops[kind], flops) for kind, flops in ours.flops.items()}
+        assert ours.kernel in launch.kernel and ours.blocks == launch.grid[0] * launch.grid[1]
+        for what, (counted, formula) in pairs.items():
+            assert 0.9 * formula <= counted <= 1.1 * formula, f"{ours.kernel}: {what} {counted}, stated {formula}"

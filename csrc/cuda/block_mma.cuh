@@ -74,9 +74,9 @@ struct BlockOperand {
   using Tile = BlockTile<X, P>;
   uint32_t at[Tile::kSteps][Tile::kTiles][Tile::kTerms][Tile::kRegisters];
 
-  // entry(column of the panel that is contracted, output column of the panel): a number of D, or 0 outside.
-  template <typename Entry>
-  __device__ void load(const Entry& entry, int slice, int lane) {
+  // pair(even column k of the panel that is contracted, output column): the numbers of D at k and k + 1, 0 outside.
+  template <typename Pair>
+  __device__ void load(const Pair& pair, int slice, int lane) {
     const int g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int step = 0; step < Tile::kSteps; step++) {
@@ -86,15 +86,15 @@ struct BlockOperand {
 #pragma unroll
         for (int r = 0; r < (Tile::kHalf ? Tile::kRegisters : 1); r++) {
           const int k = Tile::column(slice, step) + 8 * r + 2 * t;
-          const float even = entry(k, n), odd = entry(k + 1, n);
+          const float2 v = pair(k, n);
           if constexpr (Tile::kHalf) {
             float kept[2];
-            at[step][i][0][r] = pack(even, odd, X());
+            at[step][i][0][r] = pack(v.x, v.y, X());
             unpack(at[step][i][0][r], kept, X());
-            at[step][i][1][r] = pack(even - kept[0], odd - kept[1], X());
+            at[step][i][1][r] = pack(v.x - kept[0], v.y - kept[1], X());
           } else {
-            at[step][i][0][0] = __float_as_uint(even);
-            at[step][i][0][1] = __float_as_uint(odd);
+            at[step][i][0][0] = __float_as_uint(v.x);
+            at[step][i][0][1] = __float_as_uint(v.y);
           }
         }
       }

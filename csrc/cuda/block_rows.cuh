@@ -157,9 +157,14 @@ __device__ inline void load_operand(BlockOperand<X, P>& D, const BlockRows& a) {
   D.load(
       [&](int k, int n) {
         const int group = first + n / P, row = k % P, column = n % P;
-        if (group >= a.n || row >= a.G || column >= a.G) return 0.0f;
+        float2 v = {0, 0};
+        if (group >= a.n || row >= a.G || column >= a.G) return v;
         const float* at = a.D + (a.shared ? 0 : int64_t(group) * a.G * a.G);
-        return at[a.transpose ? column * a.G + row : row * a.G + column];
+        at += a.transpose ? column * a.G + row : row * a.G + column;
+        if (a.transpose && a.wide_D) return *reinterpret_cast<const float2*>(at);
+        v.x = *at;
+        if (row + 1 < a.G) v.y = at[a.transpose ? 1 : a.G];
+        return v;
       },
       threadIdx.x / 32 % 2, threadIdx.x % 32);
 }
@@ -244,7 +249,8 @@ __global__ void __launch_bounds__(kBlockThreads) block_rotate_backward_kernel(co
         float* to = out + (int64_t(group) * a.G + i) * a.G + j;
         const float even = sums.total[m][n][2 * lower], odd = sums.total[m][n][2 * lower + 1];
         if (a.G % 2 == 0) {
-          *reinterpret_cast<float2*>(to) = make_float2(even, odd);
+          // An intrinsic, else the compiler merges the two branches into stores of single numbers.
+          __stcg(reinterpret_cast<float2*>(to), make_float2(even, odd));
         } else {
           to[0] = even;
           if (j + 1 < a.G) to[1] = odd;
@@ -278,6 +284,7 @@ static int launch_block_rows(BlockRows a, void* stream) {
     }
     return int(sizeof(X));
   };
+  a.wide_D = a.G % 2 == 0 && reinterpret_cast<uintptr_t>(a.D) % 8 == 0;
   a.piece = piece(a.rows, a.stride);
   a.saved_piece = piece(a.saved, a.saved_stride);
   switch (padded_group(a.G)) {

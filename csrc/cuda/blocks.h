@@ -29,6 +29,7 @@ struct BlockRows {
   int n, G;
   // Set by the launcher.
   int64_t chunk_rows;
+  bool wide_D;             // pairs of its numbers can be read at once
   int piece, saved_piece;  // bytes that one copy moves: 16, 4, or an element
 };
 

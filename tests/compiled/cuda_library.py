@@ -46,8 +46,13 @@ TENSOR = {
     "householder_factor_kernel": "DMMA",
     "gram_schmidt_gram_kernel": "DMMA",
     "gram_schmidt_factor_kernel": "DMMA",
+    "block_rotate_kernel": "HMMA",
+    "block_rotate_backward_kernel": "HMMA",
 }
-WIDE = ("householder_rows_kernel", "householder_outer_kernel", "gram_schmidt_gram_kernel")
+WIDE = (
+    "householder_rows_kernel", "householder_outer_kernel", "gram_schmidt_gram_kernel", "block_rotate_kernel",
+    "block_rotate_backward_kernel", "scale_outputs_kernel",
+)  # fmt: skip
 
 
 def broken_rules(kernel, figures):
