@@ -29,7 +29,7 @@ LYCORIS = ("lycoris", "lycoris-bypass")
 # Arms on a GPU are `<backend>-<precision>`: the package's layer, this backend first.
 GPU_BACKENDS = ("reference", "triton", "cuda")
 LABELS_GPU = {
-    "compiled": "torch.compile(PEFT)",
+    "compiled": "PEFT, torch.compile",
     **{f"{b}-{p}": f"peftkern, {b}, {p}" for b in GPU_BACKENDS for p in ("fast", "exact")},
 }
 

@@ -17,6 +17,14 @@ DTYPES = {
 }
 ROTATING = ("oft", "boft")
 OPERATION = "op:"
+NAMES = {
+    "linear": "HRA",
+    "gram_schmidt": "HRA with Gram-Schmidt",
+    "decode": "HRA, one token",
+    "conv": "HRA on a convolution",
+    "oft": "OFT",
+    "boft": "BOFT",
+}
 # Step sizes of the reflection pairs that follow PEFT's identity initialisation, relative to the vectors.
 TRAINED_PAIR_GAP = 0.1
 
@@ -100,8 +108,7 @@ class Case:
     def brief(self) -> str:
         """A title for tables in which every case has as many rows."""
         size = f"r {self.r}" if not self.rotates else f"b {self.r}" + (f", f {self.factors}" * (self.layer == "boft"))
-        name = f"{self.kind.upper()}, " if self.kind in ROTATING else ""
-        return named(self.kind, f"{name}{self.width_in} wide, {size}, {self.dtype}")
+        return f"{self.operation or NAMES[self.kind]}, {self.width_in} wide, {size}, {self.dtype}"
 
     def fields(self) -> dict[str, object]:
         """What a result file says of the case."""
@@ -110,13 +117,6 @@ class Case:
     @property
     def reflector_length(self) -> int:
         return self.width_in * 9 if self.kind == "conv" else self.width_in
-
-
-def named(kind: str, title: str) -> str:
-    """The title of a case with the kind, where it does not say that itself."""
-    if kind.startswith(OPERATION):
-        return f"{kind.removeprefix(OPERATION)}, {title}"
-    return f"Gram-Schmidt, {title}" if kind == "gram_schmidt" else title
 
 
 def _linear(width: int, tokens: int, r: int, dtype: str, kind: str = "linear") -> Case:

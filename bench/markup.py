@@ -13,9 +13,11 @@ def table(head: list[str], rows: list[str]) -> str:
     return f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 
-def row(cells: list[str], css: str = "") -> str:
+def row(cells: list[str], css: str = "", first: str = "") -> str:
+    """css: class of the row; first: of its first cell."""
     attribute = f' class="{css}"' if css else ""
-    return f"<tr{attribute}>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+    start = f'<td class="{first}">' if first else "<td>"
+    return f"<tr{attribute}>{start}{cells[0]}</td>" + "".join(f"<td>{cell}</td>" for cell in cells[1:]) + "</tr>"
 
 
 def section(title: str, text: str, body: str) -> str:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from bench import cards, layers
 from bench.cards import Card, Rates
-from bench.cases import Case
+from bench.cases import NAMES, Case
 from bench.layers import LIBRARY, PRECISIONS, NoCosts
 from peftkern.ops._costs import Launch
 
@@ -155,7 +155,7 @@ def unstated() -> list[str]:
                 try:
                     layers.layer(case, backend, precision, "sm90")
                 except NoCosts as reason:
-                    reasons[f"{kind.replace('_', '-')}, {backend}, {precision}: {reason}"] = None
+                    reasons[f"{NAMES[kind]}, {backend}, {precision}: {reason}"] = None
     return list(reasons)
 
 

@@ -28,7 +28,7 @@ class MarkersMissing(ValueError):
 
 def _measured(case: CaseResult, arm: str) -> str:
     if arm not in case.arms:
-        return "refused" if arm in case.arms["frozen"].info.get("refused", {}) else "–"
+        return "refused" if case.refused(arm) else "–"
     value, target = case.arms[arm].overhead, case.target(arm)
     text = ratio(value)
     if target is None:

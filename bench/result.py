@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from bench.arms import LABELS
+from bench.cases import Case
 
 RESULTS = Path(__file__).parent / "results"
 TARGETS = json.loads((Path(__file__).parent / "targets.json").read_text())
@@ -59,6 +60,13 @@ class Entry:
 class CaseResult:
     case: dict
     arms: dict[str, Entry] = field(default_factory=dict)
+
+    def shape(self) -> Case:
+        """What was measured; a file from before a field existed leaves it out."""
+        return Case(**{field.name: self.case[field.name] for field in fields(Case) if field.name in self.case})
+
+    def refused(self, arm: str) -> bool:
+        return arm in self.arms["frozen"].info.get("refused", {})
 
     def why_missing(self, arm: str) -> str | None:
         """The reason an arm has no row, as the run noted it."""

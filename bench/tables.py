@@ -65,7 +65,7 @@ def _group(group: Group, cases: list[CaseResult]) -> str:
             _saved(case, "peft"),
             _saved(case, "auto"),
         ]
-        rows.append(markup.row(cells).replace("<td>", '<td class="wrap">', 1))
+        rows.append(markup.row(cells, first="wrap"))
     head = [group.title, *(_SHORT[arm] for arm in arms), "PEFT / auto", "PEFT keeps", "auto keeps"]
     return markup.table(head, rows)
 

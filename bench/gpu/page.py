@@ -7,9 +7,9 @@ from html import escape
 
 from bench import layers, markup
 from bench.arms import label
-from bench.cases import OPERATION, Case, named
+from bench.cases import OPERATION, Case
 from bench.gpu import contenders, predictions
-from bench.result import CaseResult, Result, duration, megabytes, ratio
+from bench.result import HRA, ROTATIONS, CaseResult, Result, duration, megabytes, ratio
 
 DRY = "A dry run on a machine without a GPU: its figures mean nothing."
 
@@ -21,21 +21,17 @@ def _arms(cases: list[CaseResult]) -> list[str]:
     return [name for name in listed if any(name in case.arms or case.why_missing(name) for case in cases)]
 
 
-def _title(case: CaseResult) -> str:
-    return named(case.case["kind"], case.case["title"])
-
-
 def table(cases: list[CaseResult], value: Callable[[CaseResult, str], str]) -> tuple[list[str], list[list[str]]]:
-    """(head, rows of cells): a row per case; `value` of every contender."""
-    arms = _arms(cases)
-    return ["layer", *map(label, arms)], [[_title(case), *(value(case, arm) for arm in arms)] for case in cases]
+    """(head, rows of cells): a row per case; `value` of every contender that any case has, or refused."""
+    arms = [arm for arm in _arms(cases) if any(arm in case.arms or case.refused(arm) for case in cases)]
+    return ["layer", *map(label, arms)], [[case.shape().brief, *(value(case, arm) for arm in arms)] for case in cases]
 
 
 def _cell(case: CaseResult, arm: str, text: Callable) -> str:
     if arm in case.arms:
         return text(case.arms[arm])
     reason = case.why_missing(arm)
-    return "–" if reason is None else "refused" if arm in case.arms["frozen"].info.get("refused", {}) else "n/a"
+    return "–" if reason is None else "refused" if case.refused(arm) else "n/a"
 
 
 def total(case: CaseResult, arm: str) -> str:
@@ -72,7 +68,18 @@ def _operations(result: Result) -> list[CaseResult]:
 
 
 def _html(head: list[str], rows: list[list[str]]) -> str:
-    return markup.table([escape(cell) for cell in head], [markup.row([escape(cell) for cell in row]) for row in rows])
+    lines = [markup.row([escape(cell) for cell in row], first="wrap") for row in rows]
+    return markup.table([escape(cell) for cell in head], lines)
+
+
+def _layers(result: Result, value: Callable[[CaseResult, str], str]) -> list[tuple[list[str], list[list[str]]]]:
+    """A table of HRA's layers and one of those that rotate blocks, as far as there are any."""
+    found = [result.of_kind(*group.kinds) for group in (HRA, ROTATIONS)]
+    return [table(cases, value) for cases in found if cases]
+
+
+def _tokens(result: Result) -> str:
+    return " or ".join(map(str, sorted({case.case["tokens"] for case in result.cases.values()})))
 
 
 def _plain(head: list[str], rows: list[list[str]]) -> str:
@@ -114,7 +121,7 @@ def _reasons(cases: list[CaseResult]) -> list[str]:
         for arm in _arms([case]):
             reason = case.why_missing(arm)
             if reason and arm not in case.arms:
-                found.setdefault((arm, reason), []).append(_title(case))
+                found.setdefault((arm, reason), []).append(case.shape().brief)
     lines = []
     for (arm, reason), titles in found.items():
         where = titles[0] if len(titles) == 1 else f"{len(titles)} cases"
@@ -124,12 +131,12 @@ def _reasons(cases: list[CaseResult]) -> list[str]:
 
 def text(result: Result) -> str:
     """The tables for a terminal."""
-    gpu, measured = result.gpu, result.of_kind(*layers.KINDS)
+    gpu, totals = result.gpu, _layers(result, total)
     parts = [DRY] if gpu["dry_run"] else []
     parts.append("\n".join(f"{name}: {value}" for name, value in card_rows(gpu)))
-    if measured:
+    if totals:
         parts.append("forward + backward, over the frozen layer (frozen layer: its time)")
-        parts.append(_plain(*table(measured, total)))
+        parts += [_plain(*found) for found in totals]
     if _operations(result):
         parts.append("operations (share of the frozen layer's forward + backward)")
         parts.append(_plain(*table(_operations(result), operation)))
@@ -141,25 +148,20 @@ def text(result: Result) -> str:
 
 def render(result: Result) -> str:
     """The whole page as one string."""
-    gpu, measured = result.gpu, result.of_kind(*layers.KINDS)
+    gpu = result.gpu
     sections = [markup.section("The card", "As it describes itself, and as measured.", _html(["", ""], card_rows(gpu)))]
-    if measured:
-        sections.append(
-            markup.section(
-                "Forward + backward",
-                "Device time over that of the frozen layer, whose own time stands first; median of the rounds' "
-                "ratios. * the device waited for Python within the step, as it would in use.",
-                _html(*table(measured, total)),
-            )
-        )
-        sections.append(markup.section("Forward alone", "From the same runs.", _html(*table(measured, forward))))
-        sections.append(
-            markup.section(
-                "Peak memory",
-                "Most memory allocated during forward + backward beyond parameters, x and dy.",
-                _html(*table(measured, peak)),
-            )
-        )
+    for value, title, said in (
+        (
+            total,
+            "Forward + backward",
+            f"{_tokens(result)} tokens. Device time over that of the frozen layer, whose own time stands first; median "
+            "of the rounds' ratios. * the device waited for Python within the step, as it would in use.",
+        ),
+        (forward, "Forward alone", "From the same runs."),
+        (peak, "Peak memory", "Most memory allocated during forward + backward beyond parameters, x and dy."),
+    ):
+        if tables := _layers(result, value):
+            sections.append(markup.section(title, said, "".join(_html(*found) for found in tables)))
     if _operations(result):
         sections.append(
             markup.section(

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
 from html import escape
 from pathlib import Path
 
 from bench import cards, layers, markup, model
-from bench.cases import OPERATION, Case, named
+from bench.cases import OPERATION, Case
 from bench.layers import NoCosts
 from bench.model import LayerPrediction
-from bench.result import CaseResult, Result
+from bench.result import Result
 
 LABEL = "Predictions of a model, not measurements."
 
@@ -28,10 +27,6 @@ def measured_results(folder: Path) -> list[Result]:
 
 def _percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f} %"
-
-
-def _case(case: CaseResult) -> Case:
-    return Case(**{field.name: case.case[field.name] for field in fields(Case) if field.name in case.case})
 
 
 def rates_of(result: Result) -> tuple[cards.Card, list[cards.Rates]] | None:
@@ -60,10 +55,10 @@ def beside_layers(result: Result) -> tuple[list[str], list[list[str]]]:
             if backend not in model.BACKENDS:
                 continue
             try:
-                said = [model.predict_layer(_case(case), backend, precision, card, r) for r in rates]
+                said = [model.predict_layer(case.shape(), backend, precision, card, r) for r in rates]
             except NoCosts:
                 continue
-            cells = [named(case.case["kind"], case.case["title"]), backend, precision, _percent(entry.overhead - 1)]
+            cells = [case.shape().brief, backend, precision, _percent(entry.overhead - 1)]
             rows.append([*cells, *(_percent(p.added) for p in said), said[-1].limit])
     return head, rows
 
@@ -84,12 +79,12 @@ def beside_operations(result: Result) -> tuple[list[str], list[list[str]]]:
             if backend not in case.arms:
                 continue
             try:
-                launches = layers.launches_of(name, backend, _case(case), card.family)
+                launches = layers.launches_of(name, backend, case.shape(), card.family)
             except NoCosts:
                 continue
             said = [model.predict(launches, card, r) for r in rates]
             cells = [
-                named(case.case["kind"], case.case["title"]),
+                case.shape().brief,
                 backend,
                 f"{1e6 * case.arms[backend].stats['median']:.1f}",
             ]
@@ -98,7 +93,8 @@ def beside_operations(result: Result) -> tuple[list[str], list[list[str]]]:
 
 
 def _html(head: list[str], rows: list[list[str]]) -> str:
-    return markup.table([escape(cell) for cell in head], [markup.row([escape(cell) for cell in row]) for row in rows])
+    lines = [markup.row([escape(cell) for cell in row], first="wrap") for row in rows]
+    return markup.table([escape(cell) for cell in head], lines)
 
 
 def _predicted(card: cards.Card, cases: list[Case]) -> str:

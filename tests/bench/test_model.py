@@ -243,8 +243,8 @@ def test_the_output_says_that_it_predicts_and_whether_the_goals_are_reached(inve
         assert "cuda, exact, at data-sheet peaks: reached, predicted" in goal
         assert "Predicted to be reached by cuda, fast, at data-sheet peaks; cuda, exact, at data-sheet peaks;" in goal
     assert "OFT, 4096 wide, b 32, fp32" in text and "BOFT, 4096 wide, b 8, f 4, bf16, cuda, exact" in text
-    assert "linear, triton, fast: triton does not write wy_factor" in text
-    assert "boft, triton, exact: triton does not write dense_cayley" in text
+    assert "HRA, triton, fast: triton does not write wy_factor" in text
+    assert "BOFT, triton, exact: triton does not write dense_cayley" in text
     assert all(line in text for line in cards.ASSUMPTIONS)
 
 
@@ -267,7 +267,7 @@ def test_goals_of_kernels_without_costs_are_stated_as_such(invented, monkeypatch
     assert "No backend states its costs" in oft and "No backend states its costs" not in boft
     html = predictions.section(tmp_path)
     assert html.count("No backend states its costs") == 1
-    assert "<td>BOFT, 8192 wide, b 8, f 4, bf16</td>" in html and "<td>OFT, 4096" not in html
+    assert ">BOFT, 8192 wide, b 8, f 4, bf16</td>" in html and ">OFT, 4096" not in html
 
 
 OPERATIONS = {gpu_plan.HEAD: "rotate", gpu_plan.BOFT: "butterfly_rotate"}
