@@ -26,6 +26,8 @@ class Kind:
     blocks: Callable
     rotate: Callable
     apply_linear: Callable
+    # y of one link as one node of the graph: (x, weight, bias, scale, link, exact).
+    linear: Callable
     # Whether the product of two rotations is the product of their blocks.
     closed: Callable
     # Whether the first adapter meets x first (PEFT's OFT), or the last (its BOFT).
@@ -45,6 +47,15 @@ def _boft_blocks(boft_R, p, dtype):
     return bf.drop_blocks(R, p) if p else R
 
 
+def _oft_linear(x, weight, bias, scale, link, exact):
+    q, (terms, legacy) = link
+    return br.packed_linear(x, weight, bias, q, terms, legacy, exact)
+
+
+def _boft_linear(x, weight, bias, scale, link, exact):
+    return bf.dense_linear(x, weight, bias, link[0], scale, exact)
+
+
 def _always(R):
     return True
 
@@ -54,8 +65,8 @@ def _one_stage(R):
 
 
 # Links: (q, (terms, legacy)) as `block_rotation.rotation_blocks` takes them; (boft_R, the fraction of blocks to drop).
-OFT = Kind("OFT", "oft_R", _oft_blocks, br.rotate_blocks, _oft_apply_linear, _always, True)
-BOFT = Kind("BOFT", "boft_R", _boft_blocks, bf.butterfly_rotate, bf.apply_linear, _one_stage, False)
+OFT = Kind("OFT", "oft_R", _oft_blocks, br.rotate_blocks, _oft_apply_linear, _oft_linear, _always, True)
+BOFT = Kind("BOFT", "boft_R", _boft_blocks, bf.butterfly_rotate, bf.apply_linear, _boft_linear, _one_stage, False)
 
 
 def _rotations(kind, chain, dtype):
@@ -88,10 +99,13 @@ class BOFTCache(forward.FactorCache):
         return _rotations(BOFT, chain, dtype)
 
 
+def _drops(kind, chain):
+    return kind is BOFT and any(p for _, p in chain)
+
+
 def rotations(kind, chain, dtype, cache=None):
     """[R, ...] in the order in which they meet x, in dtype (float32 or float64)."""
-    dropping = kind is BOFT and any(p for _, p in chain)
-    if not dropping and forward.cacheable(chain, cache):
+    if not _drops(kind, chain) and forward.cacheable(chain, cache):
         return cache.get(chain, dtype)
     return _rotations(kind, chain, dtype)
 
@@ -138,11 +152,15 @@ def adapted_linear(kind, x, base_layer, chain, scale=None, precision="auto", cac
     forward._check_input(x, chain, kind.name, kind.parameter)
     weight, _ = forward.readable_weight(base_layer)
     compute = forward._compute_dtype(x, weight if weight is not None else getattr(base_layer, "weight", None), chain)
+    autocasting, exact = forward._autocasting(x), precision == "exact" and compute in HALF
+    reads = weight is not None and not args and not kwargs
+    if reads and len(chain) == 1 and not autocasting and not _drops(kind, chain) and _differentiates():
+        bias = forward._cast(base_layer.bias, compute)
+        return kind.linear(x.to(compute), weight.to(compute), bias, scale, chain[0], exact)
     Rs = rotations(kind, chain, _working(compute), cache)
-    autocasting = forward._autocasting(x)
-    if weight is not None and not args and not kwargs:
+    if reads:
         bias = base_layer.bias
-        if precision == "exact" and compute in HALF:
+        if exact:
             rows = _wide(kind, x, Rs[:-1]) if len(Rs) > 1 else x.to(compute)
             return kind.apply_linear(rows, weight.to(compute), forward._cast(bias, compute), Rs[-1], scale)
         if weight.dtype is not compute and (compute is torch.float64 or not autocasting):
@@ -152,6 +170,11 @@ def adapted_linear(kind, x, base_layer, chain, scale=None, precision="auto", cac
     rows = x if autocasting and compute is not torch.float64 else x.to(compute)
     y = base_layer(forward._for_base(_rotate(kind, rows, Rs), base_layer), *args, **(kwargs or {}))
     return y if scale is None else bf.scale_outputs(y, scale, forward._cast(_whole(base_layer.bias), y.dtype))
+
+
+def _differentiates():
+    """Whether autograd has nodes to save; without it the blocks may come from a cache."""
+    return torch.is_grad_enabled() and not _transforms.needs_reference()
 
 
 def _whole(bias):

@@ -32,7 +32,16 @@ def coefficients(terms=5, legacy=False):
     return (1.0, 2.0) if powers == 1 else (1.0, *(2.0,) * (max(powers, 3) - 1), 1.0)
 
 
-def _working(q, dtype):
+def _packed(q, dtype):
+    """Checked, in float32 or float64."""
+    if not torch.compiler.is_compiling():
+        _checks.plain("rotation_blocks", q=q)
+        _checks.floating("rotation_blocks", "q", q)
+        if q.dim() != 2 or q.shape[0] < 1 or contract.block_size(q.shape[1]) is None:
+            raise ValueError(
+                f"rotation_blocks: q must have shape [blocks, b (b - 1) / 2], the packed skew matrices of whole "
+                f"blocks; got {_checks.describe(q)}"
+            )
     return q.to(_transforms.working_dtype(q) if dtype is None else dtype)
 
 
@@ -57,15 +66,7 @@ def rotation_blocks(q, terms=5, legacy=False, dtype=None):
 
     Source: arXiv:2506.19847, section 3; README.md, eq. 2 and 3.
     """
-    if not torch.compiler.is_compiling():
-        _checks.plain("rotation_blocks", q=q)
-        _checks.floating("rotation_blocks", "q", q)
-        if q.dim() != 2 or q.shape[0] < 1 or contract.block_size(q.shape[1]) is None:
-            raise ValueError(
-                f"rotation_blocks: q must have shape [blocks, b (b - 1) / 2], the packed skew matrices of whole "
-                f"blocks; got {_checks.describe(q)}"
-            )
-    q = _working(q, dtype)
+    q = _packed(q, dtype)
     by_formula = _transforms.needs_reference()
     if terms is None:
         return reference.skew_cayley(q) if by_formula else autograd.SkewCayley.apply(q)
@@ -192,7 +193,17 @@ def oft_linear(x, weight, bias, q, terms=5, legacy=False, precision="auto"):
         _checks.plain("oft_linear", x=x, weight=weight, q=q)
         _checks.floating("oft_linear", "x", x)
         contract.check_linear("oft_linear", x, weight, bias)
-    R = rotation_blocks(q, terms, legacy, _transforms.working_dtype(x))
-    if precision == "exact" and x.dtype in HALF:
-        return apply_linear(x, weight, bias, R)
-    return torch.nn.functional.linear(rotate_blocks(x, R), weight, bias)
+    exact, working = precision == "exact" and x.dtype in HALF, _transforms.working_dtype(x)
+    if _transforms.needs_reference() or (not x.is_meta and torch.is_autocast_enabled(x.device.type)):
+        R = rotation_blocks(q, terms, legacy, working)
+        if exact:
+            return apply_linear(x, weight, bias, R)
+        return torch.nn.functional.linear(rotate_blocks(x, R), weight, bias)
+    return packed_linear(x, weight, bias, q, terms, legacy, exact)
+
+
+def packed_linear(x, weight, bias, q, terms, legacy, exact):
+    """`oft_linear` of checked arguments as one node of the graph; not under autocast or a functorch transform."""
+    c = None if terms is None else coefficients(terms, legacy)
+    q = _packed(q, _transforms.working_dtype(x))
+    return autograd.PackedRotatedLinear.apply(x, weight, bias, q, c, exact)

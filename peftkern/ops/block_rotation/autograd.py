@@ -5,6 +5,7 @@ it is taken from the reference formulas, which torch can differentiate again; no
 """
 
 import torch
+import torch.nn.functional as F
 
 from peftkern.ops import _transforms
 from peftkern.ops.block_rotation import reference
@@ -73,17 +74,50 @@ class BlockRotatedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight, R = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_R = ctx.needs_input_grad
-        ops = reference if _transforms.differentiating_twice() else _ops
-        dx = dR = dweight = dbias = None
-        if need_x or need_R:
-            dx, dR = ops.block_rotated_linear_backward(dy, x, weight, R, (need_x, need_R))
-            dx, dR = dx if need_x else None, dR if need_R else None
-        if need_weight:
-            z = ops.block_rotate(x, R, False).to(weight.dtype)
-            with _transforms.no_autocast(dy.device.type):
-                dweight = dy.reshape(-1, dy.shape[-1]).mT @ z.reshape(-1, z.shape[-1])
-        if need_bias:
-            dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
-        return dx, dweight, dbias, dR
+        return _linear_backward(dy, *ctx.saved_tensors, ctx.needs_input_grad)
+
+
+def _linear_backward(dy, x, weight, R, needs_input_grad):
+    """dx, dW, db and dR of y = (x R) W^T + b, None where not needed."""
+    need_x, need_weight, need_bias, need_R = needs_input_grad
+    ops = reference if _transforms.differentiating_twice() else _ops
+    dx = dR = dweight = dbias = None
+    if need_x or need_R:
+        dx, dR = ops.block_rotated_linear_backward(dy, x, weight, R, (need_x, need_R))
+        dx, dR = dx if need_x else None, dR if need_R else None
+    if need_weight:
+        z = ops.block_rotate(x, R, False).to(weight.dtype)
+        with _transforms.no_autocast(dy.device.type):
+            dweight = dy.reshape(-1, dy.shape[-1]).mT @ z.reshape(-1, z.shape[-1])
+    if need_bias:
+        dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
+    return dx, dweight, dbias, dR
+
+
+class PackedRotatedLinear(torch.autograd.Function):
+    """y = (x R) W^T + b with R made of packed skew matrices on the way: one node of the graph where there are three.
+
+    coefficients: of the polynomial, or None for the exact map; x R is rounded once, or not at all where `exact`.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, q, coefficients, exact):
+        R = _ops.skew_cayley(q) if coefficients is None else _ops.skew_polynomial(q, coefficients)
+        ctx.save_for_backward(x, weight, q, R)
+        ctx.coefficients = coefficients
+        if exact:
+            return _ops.block_rotated_linear(x, weight, bias, R)
+        return F.linear(_ops.block_rotate(x, R, False), weight, bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, q, R = ctx.saved_tensors
+        c, twice = ctx.coefficients, _transforms.differentiating_twice()
+        ops = reference if twice else _ops
+        if twice:
+            R = reference.skew_cayley(q) if c is None else reference.skew_polynomial(q, c)
+        *gradients, dR = _linear_backward(dy, x, weight, R, ctx.needs_input_grad[:4])
+        dq = None
+        if dR is not None:
+            dq = ops.skew_cayley_backward(dR, R) if c is None else ops.skew_polynomial_backward(dR, q, c)
+        return *gradients, dq, None, None

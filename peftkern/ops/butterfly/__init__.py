@@ -12,6 +12,14 @@ from peftkern.ops.butterfly.contract import check_sizes
 from peftkern.ops.householder import HALF, check_precision
 
 
+def _dense(boft_R, dtype):
+    """Checked, in float32 or float64."""
+    if not torch.compiler.is_compiling():
+        _checks.plain("butterfly_blocks", boft_R=boft_R)
+        contract.check_stages("butterfly_blocks", boft_R, "boft_R", _checks.FLOATS)
+    return boft_R.to(_transforms.working_dtype(boft_R) if dtype is None else dtype)
+
+
 def butterfly_blocks(boft_R, dtype=None):
     """The orthogonal blocks R [f, K/b, b, b] of PEFT's parameter, differentiable.
 
@@ -27,10 +35,7 @@ def butterfly_blocks(boft_R, dtype=None):
 
     Source: arXiv:2311.06243, section 4; README.md, eq. 1.
     """
-    if not torch.compiler.is_compiling():
-        _checks.plain("butterfly_blocks", boft_R=boft_R)
-        contract.check_stages("butterfly_blocks", boft_R, "boft_R", _checks.FLOATS)
-    B = boft_R.to(_transforms.working_dtype(boft_R) if dtype is None else dtype)
+    B = _dense(boft_R, dtype)
     return reference.dense_cayley(B) if _transforms.needs_reference() else autograd.DenseCayley.apply(B)
 
 
@@ -148,12 +153,22 @@ def boft_linear(x, weight, bias, boft_R, boft_s=None, precision="auto"):
                 f"boft_linear: boft_s must have {weight.shape[0]} numbers, one per output; "
                 f"got {_checks.describe(boft_s)}"
             )
+    exact = precision == "exact" and x.dtype in HALF
+    if not _transforms.needs_reference() and (x.is_meta or not torch.is_autocast_enabled(x.device.type)):
+        return dense_linear(x, weight, bias, boft_R, boft_s, exact)
     R = butterfly_blocks(boft_R, _transforms.working_dtype(x))
-    if precision == "exact" and x.dtype in HALF:
+    if exact:
         return apply_linear(x, weight, bias, R, boft_s)
     z = butterfly_rotate(x, R)
     y = torch.nn.functional.linear(z, weight, bias)
     return y if boft_s is None else scale_outputs(y, boft_s, bias)
+
+
+def dense_linear(x, weight, bias, boft_R, boft_s, exact):
+    """`boft_linear` of checked arguments as one node of the graph; not under autocast or a functorch transform."""
+    working = _transforms.working_dtype(x)
+    scale = None if boft_s is None else boft_s.to(working)
+    return autograd.DenseRotatedLinear.apply(x, weight, bias, scale, _dense(boft_R, working), exact)
 
 
 __all__ = [

@@ -5,6 +5,7 @@ it is taken from the reference formulas, which torch can differentiate again; no
 """
 
 import torch
+import torch.nn.functional as F
 
 from peftkern.ops import _transforms
 from peftkern.ops.butterfly import reference
@@ -60,16 +61,41 @@ class ScaleOutputs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        y, scale, bias = ctx.saved_tensors
-        need_y, need_scale, need_bias = ctx.needs_input_grad
-        mask = need_y, need_scale
-        # Without a gradient in the scale the value of y is not read.
-        operand = dy if y is None else y
-        dy0, dscale = _backward_ops().scale_outputs_backward(dy, operand, scale, bias, mask)
-        dbias = None
-        if need_bias:
-            dbias = (dy.reshape(-1, dy.shape[-1]).to(scale.dtype).sum(0) * (1 - scale)).to(bias.dtype)
-        return dy0 if need_y else None, dscale if need_scale else None, dbias
+        return _scale_backward(dy, *ctx.saved_tensors, ctx.needs_input_grad)
+
+
+def _scale_backward(dy, y, scale, bias, needs_input_grad):
+    """The gradients in y, scale and bias of (y - b) s + b, None where not needed."""
+    need_y, need_scale, need_bias = needs_input_grad
+    # Without a gradient in the scale the value of y is not read.
+    operand = dy if y is None else y
+    dy0, dscale = _backward_ops().scale_outputs_backward(dy, operand, scale, bias, (need_y, need_scale))
+    dbias = None
+    if need_bias:
+        dbias = (dy.reshape(-1, dy.shape[-1]).to(scale.dtype).sum(0) * (1 - scale)).to(bias.dtype)
+    return dy0 if need_y else None, dscale if need_scale else None, dbias
+
+
+def _linear_backward(dy, x, weight, scale, p, R, needs_input_grad):
+    """dx, dW, db, ds and dR of y = s (x R) W^T + b with p = (x R) W^T where ds is needed; None where not needed."""
+    need_x, need_weight, need_bias, need_scale, need_R = needs_input_grad
+    ops = _backward_ops()
+    if _transforms.differentiating_twice() and p is not None:
+        p = reference.butterfly_rotated_linear(x, weight, None, torch.ones_like(scale), R)[0]
+    dx = dR = dscale = dweight = dbias = None
+    if need_x or need_scale or need_R:
+        mask = need_x, need_scale, need_R
+        kept = dy if p is None else p
+        dx, dscale, dR = ops.butterfly_rotated_linear_backward(dy, x, weight, scale, kept, R, mask)
+        dx, dscale, dR = dx if need_x else None, dscale if need_scale else None, dR if need_R else None
+    if need_weight:
+        z = ops.butterfly_rotate(x, R, False).to(weight.dtype)
+        dp = dy if scale is None else ops.scale_outputs_backward(dy, dy, scale, None, (True, False))[0]
+        with _transforms.no_autocast(dy.device.type):
+            dweight = dp.reshape(-1, dp.shape[-1]).mT @ z.reshape(-1, z.shape[-1])
+    if need_bias:
+        dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
+    return dx, dweight, dbias, dscale, dR
 
 
 class ButterflyRotatedLinear(torch.autograd.Function):
@@ -84,22 +110,47 @@ class ButterflyRotatedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight, scale, p, R = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_scale, need_R = ctx.needs_input_grad
-        ops = _backward_ops()
-        if _transforms.differentiating_twice() and p is not None:
-            p = reference.butterfly_rotated_linear(x, weight, None, torch.ones_like(scale), R)[0]
-        dx = dR = dscale = dweight = dbias = None
-        if need_x or need_scale or need_R:
-            mask = need_x, need_scale, need_R
-            kept = dy if p is None else p
-            dx, dscale, dR = ops.butterfly_rotated_linear_backward(dy, x, weight, scale, kept, R, mask)
-            dx, dscale, dR = dx if need_x else None, dscale if need_scale else None, dR if need_R else None
-        if need_weight:
-            z = ops.butterfly_rotate(x, R, False).to(weight.dtype)
-            dp = dy if scale is None else ops.scale_outputs_backward(dy, dy, scale, None, (True, False))[0]
-            with _transforms.no_autocast(dy.device.type):
-                dweight = dp.reshape(-1, dp.shape[-1]).mT @ z.reshape(-1, z.shape[-1])
-        if need_bias:
-            dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
-        return dx, dweight, dbias, dscale, dR
+        return _linear_backward(dy, *ctx.saved_tensors, ctx.needs_input_grad)
+
+
+class DenseRotatedLinear(torch.autograd.Function):
+    """y = s (x R) W^T + b with R made of dense blocks B on the way: one node of the graph where there are five.
+
+    scale: N numbers of any shape, or None; x R and its product are rounded before the scale, or not where `exact`.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, scale, B, exact):
+        R = _ops.dense_cayley(B)
+        s = None if scale is None else scale.reshape(-1)
+        if exact:
+            y, p = _ops.butterfly_rotated_linear(x, weight, bias, s, R)
+        else:
+            y = p = F.linear(_ops.butterfly_rotate(x, R, False), weight, bias)
+            if s is not None:
+                y = _ops.scale_outputs(p, s, bias)
+        keep_p = s is not None and ctx.needs_input_grad[3]
+        # p of an inexact product has the bias in it.
+        ctx.save_for_backward(x, weight, None if exact else bias, scale, p if keep_p else None, B, R)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, bias, scale, p, B, R = ctx.saved_tensors
+        twice, needs = _transforms.differentiating_twice(), ctx.needs_input_grad[:5]
+        if twice:
+            R = reference.dense_cayley(B)
+        s = None if scale is None else scale.reshape(-1)
+        if p is None or bias is None or twice:
+            dx, dweight, dbias, dscale, dR = _linear_backward(dy, x, weight, s, p, R, needs)
+        else:
+            need_x, need_weight, need_bias, _, need_R = needs
+            dp, dscale, _ = _scale_backward(dy, p, s, bias, (need_x or need_weight or need_R, True, False))
+            dx = dweight = dR = None
+            if dp is not None:
+                needs = need_x, need_weight, False, False, need_R
+                dx, dweight, _, _, dR = _linear_backward(dp, x, weight, None, None, R, needs)
+            dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if need_bias else None
+        dscale = None if dscale is None else dscale.view_as(scale)
+        dB = None if dR is None else _backward_ops().dense_cayley_backward(dR, R)
+        return dx, dweight, dbias, dscale, dB, None
