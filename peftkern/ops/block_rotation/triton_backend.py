@@ -129,7 +129,7 @@ def rotate_to(x, R, transpose, terms, z, stride, step=0):
     (x_rows, x_stride), family = rows(x, K), _triton.family()
     tile = tiles.tile(family, x.dtype, R.shape[1])
     panels = _cdiv(K, tile.width)
-    splits, per_split = tiles.splits(family, panels, M, tile.rows, tiles.FORWARD)
+    splits, per_split = tiles.splits(family, panels, M, tile.rows)
     with _triton.guard(x):
         _kernels().rotate_kernel[(panels, splits)](
             x_rows, R, z, M, K, x_stride, stride, step, per_split, R.shape[1], tile.width, tile.panel, tile.rows,
@@ -148,7 +148,7 @@ def sums_of(x, R):
         tile,
         each,
         _cdiv(panels, each),
-        *tiles.splits(family, _cdiv(panels, each), x.numel() // K, tile.rows, tiles.BACKWARD),
+        *tiles.splits(family, _cdiv(panels, each), x.numel() // K, tile.rows),
     )
 
 

@@ -12,8 +12,8 @@ from peftkern.ops.householder import triton_tiles
 MAX_BLOCK = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 64, torch.float64: 64}
 PANEL = 32  # the least width of a panel: 64 bytes of a half-precision row
 
-# Programs for each multiprocessor: a program of a backward ends in partial sums, that of a forward in nothing.
-FORWARD, BACKWARD = 8, 4
+# Programs for each multiprocessor: each reads its R, and a backward ends in partial sums.
+PROGRAMS = 4
 
 
 class Tile(NamedTuple):
@@ -41,9 +41,9 @@ def _over(a, b):
     return -(-a // b)
 
 
-def splits(family, panels, M, rows, programs_per_unit):
+def splits(family, panels, M, rows):
     """Ranges of rows, and the rows of each, that give every multiprocessor some programs of a few tiles."""
-    wanted = programs_per_unit * triton_tiles._PROGRAMS[family]
+    wanted = PROGRAMS * triton_tiles._PROGRAMS[family]
     count = max(1, min(_over(wanted, panels), _over(M, rows)))
     per_split = _over(_over(M, count), rows) * rows
     return _over(M, per_split), per_split

@@ -115,9 +115,9 @@ def butterfly_rotate_backward(dz, x, R, transpose, output_mask):
     return dx if want_dx else x.new_empty(0), dR
 
 
-def _scale_grid(M, N, programs_per_unit):
+def _scale_grid(M, N):
     panels = _cdiv(N, SCALE_COLUMNS)
-    splits, per_split = tiles.splits(_triton.family(), panels, M, SCALE_ROWS, programs_per_unit)
+    splits, per_split = tiles.splits(_triton.family(), panels, M, SCALE_ROWS)
     return (panels, splits), per_split
 
 
@@ -126,7 +126,7 @@ def scale_outputs(y, scale, bias):
     (y_rows, stride), M = rows(y, N), y.numel() // N
     if M == 0:
         return z
-    grid, per_split = _scale_grid(M, N, tiles.FORWARD)
+    grid, per_split = _scale_grid(M, N)
     with _triton.guard(y):
         _kernels().scale_kernel[grid](
             y_rows, scale, scale if bias is None else bias.contiguous(), z, M, N, stride, per_split, bias is not None,
@@ -141,7 +141,7 @@ def scale_outputs_backward(dy, y, scale, bias, output_mask):
     dp = like_rows(y) if want_dy else y.new_empty(0)
     if M == 0 or not (want_dy or want_scale):
         return dp, scale.new_zeros(N if want_scale else 0)
-    grid, per_split = _scale_grid(M, N, tiles.BACKWARD)
+    grid, per_split = _scale_grid(M, N)
     partial = scale.new_empty(grid[1], N) if want_scale else scale
     with _triton.guard(y):
         _kernels().scale_backward_kernel[grid](

@@ -1,0 +1,111 @@
+"""What the Triton kernels of the `butterfly` operations move and compute, as block_rotation/costs_triton.py has it."""
+
+import torch
+
+from peftkern.ops._costs import Launch
+from peftkern.ops.block_rotation import costs_triton as blocks
+from peftkern.ops.block_rotation import triton_tiles as tiles
+from peftkern.ops.butterfly import triton_backend as backend
+from peftkern.ops.householder.costs_triton import _library, _over, _reduce
+
+
+def _group(K, b, f):
+    G = b << (f - 1)
+    return G, K // G, max(16, 1 << (G - 1).bit_length())
+
+
+def _through_stages(K, b, f):
+    """Bytes that rows of K / G matrices [G, G] read on their way through f - 1 stages."""
+    G, groups, P = _group(K, b, f)
+    # R's rows are read by every thread for its columns, four or fewer.
+    of_R = 4 * 128 * min(4, backend.ROWS * P // 128)
+    return (f - 1) * b * groups * (4 * G * G + _over(G, backend.ROWS) * of_R)
+
+
+def _stages(K, b, f):
+    G, groups, P = _group(K, b, f)
+    R, V, programs = 4 * f * K * b, 4 * f * K * G, groups * _over(G, backend.ROWS)
+    # Columns are padded; rows beyond the group are computed, too.
+    flops = {"fp32": 2 * (f - 1) * b * programs * backend.ROWS * P}
+    return Launch("stages_kernel", _through_stages(K, b, f) + R // f, V, R + 2 * V - V // f, flops, programs)
+
+
+def _gradient_of_blocks(K, b, f, partial):
+    G, groups, P = _group(K, b, f)
+    R, D, programs = 4 * f * K * b, 4 * K * G, groups * _over(G, backend.ROWS)
+    flops = {"fp32": (2 * (f - 1) * b * programs * backend.ROWS * P)}
+    through = Launch(
+        "stages_backward_kernel", 4 * partial + _through_stages(K, b, f), f * D,
+        4 * partial + R // f * (f - 1) + (2 * f - 1) * D, flops, programs,
+    )  # fmt: skip
+    depth = _over(G, min(P, 32)) * min(P, 32)
+    products = {"tensor_bf16": 6 * (blocks.SQUARE if P in (32, 64) else 1) * 2 * groups * f * P * P * depth}
+    read = (2 * f - 1) * D
+    return [through, Launch("blocks_gradient_kernel", read, R, read + R, products, groups * f)]
+
+
+def _scale_splits(family, M, N):
+    panels = _over(N, backend.SCALE_COLUMNS)
+    return panels, tiles.splits(family, panels, M, backend.SCALE_ROWS)[0]
+
+
+def _scale(family, dtype, M, N):
+    panels, splits = _scale_splits(family, M, N)
+    rows = M * N * dtype.itemsize
+    return Launch("scale_kernel", rows + 4 * N * splits, rows, 2 * rows + 4 * N, {}, panels * splits)
+
+
+def _scale_backward(family, dtype, M, N, want_dy=True, want_scale=True):
+    panels, splits = _scale_splits(family, M, N)
+    rows, sums = M * N * dtype.itemsize, 4 * splits * N * want_scale
+    read, written = rows * (1 + want_scale) + 4 * N * splits, rows * want_dy + sums
+    unique = rows * (1 + want_scale) + 4 * N + written
+    launch = Launch("scale_backward_kernel", read, written, unique, {}, panels * splits)
+    return [launch, _reduce(N, splits)] if want_scale and splits > 1 else [launch]
+
+
+def _rotate(family, dtype, M, K, b, f, terms=1):
+    G = b << (f - 1)
+    rotate = blocks.rotate(family, dtype, M, K, G, K == G, terms)
+    return [rotate] if f == 1 else [_stages(K, b, f), rotate]
+
+
+def _rotate_backward(family, dtype, M, K, b, f, mask):
+    _, want_dR = mask
+    G = b << (f - 1)
+    rotate, partial = blocks.rotate_backward(family, dtype, M, K, G, K == G, mask)
+    if f == 1:
+        return [rotate, _reduce(K * b, partial // (K * b))] if partial > K * b else [rotate]
+    return [_stages(K, b, f), rotate, *(_gradient_of_blocks(K, b, f, partial) if want_dR else ())]
+
+
+def launches(op, *, M, K, N, b, f, dtype, family, mask=None):
+    """The launches of one call, as in peftkern.ops._costs."""
+    if dtype is torch.float64:
+        raise NotImplementedError("costs are stated for float32 and half precision")
+    half = dtype.itemsize == 2
+    if op == "dense_cayley":
+        return [blocks.cayley(f * K, b, True)]
+    if op == "dense_cayley_backward":
+        return [blocks.cayley_backward(f * K, b, True)]
+    if op == "butterfly_rotate":
+        return _rotate(family, dtype, M, K, b, f)
+    if op == "butterfly_rotate_backward":
+        return _rotate_backward(family, dtype, M, K, b, f, mask or (True, True))
+    if op == "scale_outputs":
+        return [_scale(family, dtype, M, N)]
+    if op == "scale_outputs_backward":
+        return _scale_backward(family, dtype, M, N, *(mask or (True, True)))
+    if op == "butterfly_rotated_linear":
+        if half:
+            return [*_rotate(family, dtype, M, K, b, f, 2), blocks.linear(family, dtype, M, N, K)]
+        product = _library("z W^T", M, N, K, dtype)
+        return [*_rotate(family, dtype, M, K, b, f), product, _scale(family, dtype, M, N)]
+    if op == "butterfly_rotated_linear_backward":
+        want_dx, want_scale, want_dR = mask or (True, True, True)
+        scaled = _scale_backward(family, dtype, M, N, want_dx or want_dR, want_scale)
+        if not (want_dx or want_dR):
+            return scaled
+        rotated = _rotate_backward(family, dtype, M, K, b, f, (want_dx, want_dR))
+        return [*scaled, _library("dy s W", M, K, N, dtype), *rotated]
+    raise NotImplementedError(f"triton does not write {op}")

@@ -1,0 +1,35 @@
+"""What tests ask of the launches of Triton kernels on the simulated machine, whichever family they belong to."""
+
+import torch
+
+
+def close(seen, stated):
+    return 0.9 * stated <= seen <= 1.1 * stated
+
+
+def holds(launches, stated):
+    """The launches seen are the stated ones, in bytes, flops and blocks; products of the library are not seen."""
+    stated = [launch for launch in stated if not launch.kernel.startswith("library")]
+    assert [launch.kernel for launch in launches] == [launch.kernel for launch in stated]
+    for seen, launch in zip(launches, stated, strict=True):
+        counts, (x, y, z) = seen.counts, seen.grid
+        assert x * y * z == launch.blocks, launch.kernel
+        assert close(counts.global_bytes_read, launch.read), launch.kernel
+        assert close(counts.global_bytes_written, launch.written), launch.kernel
+        assert counts.unique_bytes <= 1.4 * launch.unique, launch.kernel
+        for kind, flops in launch.flops.items():
+            assert close(counts.flops[kind], flops), f"{launch.kernel}: {kind}"
+
+
+def whole_sectors(launches, names):
+    """Rows are read without gaps: no sector of 32 bytes that is asked for twice or for a part."""
+    for launch in launches:
+        for name in names & launch.counts.tensors.keys():
+            traffic = launch.counts.tensors[name]
+            assert 32 * traffic.sectors_read <= 1.1 * traffic.read + 32, f"{launch.kernel}: {name}"
+
+
+def bits(result):
+    """All numbers of a result in one row, to compare two runs with."""
+    result = result if isinstance(result, tuple) else (result,)
+    return torch.cat([t.double().flatten() for t in result])
