@@ -20,7 +20,7 @@ LABELS = {
     "fast": "peftkern, fast",
     "auto": "peftkern, auto",
     "auto-terms6": "peftkern, auto, 6 terms",
-    "auto-cayley": "peftkern, auto, exact Cayley map",
+    "auto-cayley": "peftkern, auto, exact map",
     "exact": "peftkern, exact",
 }
 OURS = ("fast", "auto", "exact")

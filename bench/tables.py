@@ -181,22 +181,22 @@ def everything(result: Result, kinds: tuple[str, ...]) -> str:
     head += ["error y", "dx", "du", "ratio y", "dx", "du"]
     head += [f"gain at {size:g}" for size in GAIN_SIZES] if gains else []
     head += ["|RᵀR − I|"] if rotated else []
+
+    def said(first: str, sentence: str) -> str:
+        return f'<tr><td>{first}</td><td colspan="{len(head) - 1}" class="name note">{escape(sentence)}</td></tr>'
+
     for case in cases:
         rows.append(f'<tr class="head"><td colspan="{len(head)}">{escape(case.case["title"])}</td></tr>')
         for arm, label in LABELS.items():
             if arm not in case.arms:
-                reason = case.why_missing(arm)
-                if reason:
-                    rows.append(
-                        f'<tr><td>{escape(label)}</td><td colspan="{len(head) - 1}" class="name note">'
-                        f"{escape(reason)}</td></tr>"
-                    )
+                if reason := case.why_missing(arm):
+                    rows.append(said(escape(label), reason))
                 continue
             entry = case.arms[arm]
             times = entry.info["overhead"]
             low, high = entry.spread
             cells = [
-                escape(label) + (f'<br><span class="note">{escape(entry.differs)}</span>' if entry.differs else ""),
+                escape(label),
                 ratio(entry.overhead),
                 f"{ratio(low)} – {ratio(high)}",
                 ratio(times["ratio_of_medians"]),
@@ -211,4 +211,6 @@ def everything(result: Result, kinds: tuple[str, ...]) -> str:
                 *((scientific(entry.orthogonality_error),) if rotated else ()),
             ]
             rows.append(markup.row(cells, "ours" if is_ours(arm) else ""))
+            if entry.differs:
+                rows.append(said("", entry.differs))
     return markup.table(head, rows)
