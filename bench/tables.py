@@ -183,7 +183,7 @@ def everything(result: Result, kinds: tuple[str, ...]) -> str:
     head += ["|RᵀR − I|"] if rotated else []
 
     def said(first: str, sentence: str) -> str:
-        return f'<tr><td>{first}</td><td colspan="{len(head) - 1}" class="name note">{escape(sentence)}</td></tr>'
+        return f'<tr><td>{first}</td><td colspan="{len(head) - 1}" class="name note wrap">{escape(sentence)}</td></tr>'
 
     for case in cases:
         rows.append(f'<tr class="head"><td colspan="{len(head)}">{escape(case.case["title"])}</td></tr>')
