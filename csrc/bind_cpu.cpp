@@ -93,10 +93,10 @@ static void bind_rotate(py::module_& m) {
 
 static void bind_exact(py::module_& m) {
   m.def("linear_update", [](int level, int threads, Pointer x, int dtype, int64_t M, int64_t x_stride, Pointer W,
-                            int64_t N, int64_t W_stride, V_ARGS, Pointer T, Pointer u, Pointer P) {
+                            int64_t N, int64_t W_stride, V_ARGS, Pointer T, Pointer u, Pointer P, Pointer B) {
     py::gil_scoped_release unlocked;
     kernels(level).linear_update(rows(x, dtype, x_stride), M, rows(W, dtype, W_stride), N, V_VALUE, doubles(T),
-                                 rows(u, dtype, N), raw(P), threads);
+                                 rows(u, dtype, N), raw(P), raw(B), threads);
   });
   m.def("linear_few_rows", [](int level, int threads, Pointer x, int dtype, int64_t M, int64_t x_stride, Pointer W,
                               int64_t N, int64_t W_stride, Pointer bias, V_ARGS, Pointer T, Pointer y, Pointer P) {
@@ -104,27 +104,28 @@ static void bind_exact(py::module_& m) {
     kernels(level).linear_few_rows(rows(x, dtype, x_stride), M, rows(W, dtype, W_stride), N, raw(bias), V_VALUE,
                                    doubles(T), rows(y, dtype, N), raw(P), threads);
   });
-  m.def("generate",
-        [](int level, int threads, Pointer u, Pointer kept, int64_t bytes, Pointer x, int dtype, int64_t M,
-           int64_t x_stride, Pointer W, int64_t N, int64_t W_stride, Pointer bias, V_ARGS, Pointer T, Pointer y) {
-          py::gil_scoped_release unlocked;
-          if (bytes && std::memcmp(raw(u), raw(kept), size_t(bytes))) return false;
-          std::vector<float> P(M * r);
-          kernels(level).linear_few_rows(rows(x, dtype, x_stride), M, rows(W, dtype, W_stride), N, raw(bias), V_VALUE,
-                                         doubles(T), rows(y, dtype, N), P.data(), threads);
-          return true;
-        },
-        "linear_few_rows where the bytes of u are those kept; false and nothing written where they are not.");
+  m.def(
+      "generate",
+      [](int level, int threads, Pointer u, Pointer kept, int64_t bytes, Pointer x, int dtype, int64_t M,
+         int64_t x_stride, Pointer W, int64_t N, int64_t W_stride, Pointer bias, V_ARGS, Pointer T, Pointer y) {
+        py::gil_scoped_release unlocked;
+        if (bytes && std::memcmp(raw(u), raw(kept), size_t(bytes))) return false;
+        std::vector<float> P(M * r);
+        kernels(level).linear_few_rows(rows(x, dtype, x_stride), M, rows(W, dtype, W_stride), N, raw(bias), V_VALUE,
+                                       doubles(T), rows(y, dtype, N), P.data(), threads);
+        return true;
+      },
+      "linear_few_rows where the bytes of u are those kept; false and nothing written where they are not.");
 }
 
 static void bind_exact_backward(py::module_& m) {
   m.def("linear_backward", [](int level, int threads, Pointer dy, int64_t dy_stride, Pointer x, int dtype, int64_t M,
-                              int64_t x_stride, Pointer W, int64_t N, int64_t W_stride, Pointer P, V_ARGS, Pointer T,
-                              Pointer update, Pointer dV, Pointer dT) {
+                              int64_t x_stride, Pointer W, int64_t N, int64_t W_stride, Pointer P, Pointer B, V_ARGS,
+                              Pointer T, Pointer update, Pointer dV, Pointer dT) {
     py::gil_scoped_release unlocked;
     kernels(level).linear_backward(rows(dy, dtype, dy_stride), rows(x, dtype, x_stride), M, rows(W, dtype, W_stride), N,
-                                   raw(P), V_VALUE, doubles(T), raw(update), raw(dV), static_cast<double*>(raw(dT)),
-                                   threads);
+                                   raw(P), raw(B), V_VALUE, doubles(T), raw(update), raw(dV),
+                                   static_cast<double*>(raw(dT)), threads);
   });
 }
 

@@ -323,16 +323,27 @@ BAD_CALLS = {
         "orthonormal_factor_backward: dT must be",
     ),
     "weight": (
-        lambda: ops.rotated_linear(x, W.half(), None, u, T),
+        lambda: ops.rotated_linear(x, W.half(), None, u, T, True),
         TypeError,
         "weight must be one of float32; got float16",
     ),
-    "weight, width": (lambda: ops.rotated_linear(x, W[:, :4], None, u, T), ValueError, "weight must be \\[N, K = 8\\]"),
-    "bias": (lambda: ops.rotated_linear(x, W, b[:2], u, T), ValueError, "bias must be .*\\[5\\]; got .*\\[2\\]"),
+    "weight, width": (
+        lambda: ops.rotated_linear(x, W[:, :4], None, u, T, True),
+        ValueError,
+        "weight must be \\[N, K = 8\\]",
+    ),
+    "bias": (lambda: ops.rotated_linear(x, W, b[:2], u, T, True), ValueError, "bias must be .*\\[5\\]; got .*\\[2\\]"),
     "dy": (
-        lambda: ops.rotated_linear_backward(x, x, W, x[:, :3], u, T, [True, True]),
+        lambda: ops.rotated_linear_backward(x, x, W, x[:, :3], x[:0, :3], u, T, [True, True]),
         ValueError,
         "rotated_linear_backward: dy must be .*got float32 of shape \\[2, 8\\]",
+    ),
+    "B": (
+        lambda: ops.rotated_linear_backward(
+            x[:, :5].half(), x.half(), W.half(), x[:, :3], x[:4, :3], u, T, [True, True]
+        ),
+        ValueError,
+        "rotated_linear_backward: B must be torch.float32 of shape \\[5, 3\\]; got float32 of shape \\[2, 3\\]",
     ),
     "project, x": (lambda: ops.project(x[:, :2], u), ValueError, "project: x must have K = 8 columns"),
     "dP": (

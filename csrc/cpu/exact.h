@@ -19,16 +19,16 @@ inline void multiply_rows(const float* A, int64_t M, int r, const double* C, flo
   }
 }
 
-inline Reflectors columns_of(const Buffer<float>& B, int64_t N, int r) { return {B.data(), kFloat32, N, r, r, 1}; }
+inline Reflectors columns_of(const float* B, int64_t N, int r) { return {B, kFloat32, N, r, r, 1}; }
 
 // In the pair basis, where small updates do not cancel in the float32 sums.
 inline void linear_update(const Rows& x, int64_t M, const Rows& W, int64_t N, const Reflectors& reflectors,
-                          const double* T, const Rows& u, void* P_out, int threads) {
+                          const double* T, const Rows& u, void* P_out, void* B_out, int threads) {
   int r = reflectors.r;
   int64_t K = reflectors.K, blocks = ceil_div(M, kBlock);
   Panels<float> V(reflectors, true, threads);
-  Buffer<float> WV(N * r);
-  project(W, N, K, V, WV.data(), threads);
+  float* WV = static_cast<float*>(B_out);
+  project(W, N, K, V, WV, threads);
   Panels<float> B(columns_of(WV, N, r), false, threads);
   Buffer<double> small(int64_t(r) * padded_rank(r));
   to_pair_basis(T, r, true, small.data());

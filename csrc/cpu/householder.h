@@ -48,16 +48,17 @@ struct Kernels {
   void (*rotate_backward)(const Rows& dz, const Rows& x, int64_t M, const void* P, const Reflectors& V, const double* T,
                           bool reverse, void* dx, void* dV, double* dT, int threads);
   // u [M,N] = -S (W V)^T with S = P T^T, rounded once to x's dtype: y = u + x W^T + b is left to a library that adds
-  // them in one accumulator.
+  // them in one accumulator. B [N,r] = W Vp, with V's columns in pairs, is left for linear_backward.
   void (*linear_update)(const Rows& x, int64_t M, const Rows& W, int64_t N, const Reflectors& V, const double* T,
-                        const Rows& u, void* P, int threads);
+                        const Rows& u, void* P, void* B, int threads);
   // y = x H^T W^T + bias with x H^T kept in fp32: one read of W, for a handful of rows.
   void (*linear_few_rows)(const Rows& x, int64_t M, const Rows& W, int64_t N, const void* bias, const Reflectors& V,
                           const double* T, const Rows& y, void* P, int threads);
   // dV = -W^T (dy^T S) - x^T R, dT = -Q^T P with Q = dy (W V), R = Q T, S = P T^T, where rotate_backward starts from
   // the rounded dz = dy W; update [M,K] = -R V^T in x's dtype, so that dx = update + dy W.
   void (*linear_backward)(const Rows& dy, const Rows& x, int64_t M, const Rows& W, int64_t N, const void* P,
-                          const Reflectors& V, const double* T, void* update, void* dV, double* dT, int threads);
+                          const void* B, const Reflectors& V, const double* T, void* update, void* dV, double* dT,
+                          int threads);
   // |I - U^T U|_F^2 (or its square root) over unit columns of V.
   double (*penalty)(const Reflectors& V, bool squared, int threads);
   void (*penalty_backward)(double grad, const Reflectors& V, bool squared, void* dV, int threads);

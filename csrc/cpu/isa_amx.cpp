@@ -253,12 +253,11 @@ void outer_tiles(const float* D, const Rows& W, int64_t N, int64_t K, int r, flo
 }
 
 void linear_update_tiles(const Rows& x, int64_t M, const Rows& W, int64_t N, const Reflectors& reflectors,
-                         const double* T, const Rows& u, float* P, int threads) {
+                         const double* T, const Rows& u, float* P, float* WV, int threads) {
   int r = reflectors.r;
   int64_t K = reflectors.K, blocks = ceil_div(M, kBlock);
   TilePanels V(reflectors, true, threads);
-  Buffer<float> WV(N * r);
-  project_tiles(W, N, V, K, WV.data(), threads);
+  project_tiles(W, N, V, K, WV, threads);
   TilePanels B(columns_of(WV, N, r), false, threads);
   Buffer<double> small(int64_t(r) * padded_rank(r));
   to_pair_basis(T, r, true, small.data());
@@ -284,13 +283,11 @@ void linear_update_tiles(const Rows& x, int64_t M, const Rows& W, int64_t N, con
 }
 
 void linear_backward_tiles(const Rows& dy, const Rows& x, int64_t M, const Rows& W, int64_t N, const float* P,
-                           const Reflectors& reflectors, const double* T, void* update, float* dV, double* dT,
-                           int threads) {
+                           const float* WV, const Reflectors& reflectors, const double* T, void* update, float* dV,
+                           double* dT, int threads) {
   int r = reflectors.r, rp = padded_rank(r), requested = threads, height = r <= 8 ? 8 : 16;
   int64_t K = reflectors.K, sum_rows = rows_per_sum(M), sums = ceil_div(M, sum_rows);
   TilePanels V(reflectors, true, threads);
-  Buffer<float> WV(N * r);
-  project_tiles(W, N, V, K, WV.data(), threads);
   TilePanels B(columns_of(WV, N, r), false, threads);
   Rows out = {update, kBFloat16, K};
   int64_t per_column = dV ? V.columns * height : 0, dV_size = K * per_column, dB_size = N * per_column;
@@ -358,20 +355,21 @@ void rotate_backward_entry(const Rows& dz, const Rows& x, int64_t M, const void*
 }
 
 void linear_update_entry(const Rows& x, int64_t M, const Rows& W, int64_t N, const Reflectors& V, const double* T,
-                         const Rows& u, void* P, int threads) {
+                         const Rows& u, void* P, void* B, int threads) {
   if (worth_tiles(x, M, V) && N % kPanel == 0)
-    linear_update_tiles(x, M, W, N, V, T, u, static_cast<float*>(P), threads);
+    linear_update_tiles(x, M, W, N, V, T, u, static_cast<float*>(P), static_cast<float*>(B), threads);
   else
-    avx512::kernels.linear_update(x, M, W, N, V, T, u, P, threads);
+    avx512::kernels.linear_update(x, M, W, N, V, T, u, P, B, threads);
 }
 
 void linear_backward_entry(const Rows& dy, const Rows& x, int64_t M, const Rows& W, int64_t N, const void* P,
-                           const Reflectors& V, const double* T, void* update, void* dV, double* dT, int threads) {
+                           const void* B, const Reflectors& V, const double* T, void* update, void* dV, double* dT,
+                           int threads) {
   if (worth_tiles(x, M, V) && N % kPanel == 0)
-    linear_backward_tiles(dy, x, M, W, N, static_cast<const float*>(P), V, T, update, static_cast<float*>(dV), dT,
-                          threads);
+    linear_backward_tiles(dy, x, M, W, N, static_cast<const float*>(P), static_cast<const float*>(B), V, T, update,
+                          static_cast<float*>(dV), dT, threads);
   else
-    avx512::kernels.linear_backward(dy, x, M, W, N, P, V, T, update, dV, dT, threads);
+    avx512::kernels.linear_backward(dy, x, M, W, N, P, B, V, T, update, dV, dT, threads);
 }
 
 Kernels with_tiles() {

@@ -115,6 +115,8 @@ struct PairBasis {
   int K, r;
 };
 int pair_basis(PairBasis a, void* stream);
+// plain [N, r] = the columns of which B [N, r] has the means and differences.
+int plain_basis(const float* B, float* plain, int64_t N, int r, void* stream);
 
 struct Product {            // C = alpha A B + D in float64, C contiguous
   const double *A, *B, *D;  // D may be null; its columns are contiguous

@@ -6,6 +6,9 @@
 // Pair basis (README.md, eq. 9): Vp = [(v0 + v1) / 2, v0 - v1, ...] [K, r] float32, Cp = E T^T E^T [r, r] float64. One
 // launch of 256 threads per 1024 numbers; 8 K r + 16 r^2 bytes, which is the least.
 //
+// Plain basis: its inverse, v0 = mean + difference / 2, v1 = mean - difference / 2, for W Vp [N, r] -> W V. One thread
+// per number; 8 N r bytes, the least.
+//
 // Products of float64 matrices of any strides, C = alpha A B + D, for float64 activations: C [m, n], A [m, k], B [k,
 // n]. Launch: 4 warps per 32 x 32 of C, each 16 x 16 in DMMA fragments straight from global memory: whole 32-byte
 // sectors where the contraction or the columns are contiguous. Bytes: A once per 32 columns, B once per 32 rows; 2 m n
@@ -101,6 +104,24 @@ __global__ void __launch_bounds__(256) householder_pair_basis_kernel(const __gri
 int pair_basis(PairBasis a, void* stream) {
   const int64_t threads = (int64_t(a.K) * a.r + 1023) / 1024 * 256 + a.r * a.r;
   return launch(householder_pair_basis_kernel, dim3(unsigned((threads + 255) / 256)), 256, 0, stream, a);
+}
+
+__global__ void __launch_bounds__(256)
+    householder_plain_basis_kernel(const float* B, float* plain, int64_t count, int r) {
+  const int64_t i = int64_t(blockIdx.x) * 256 + threadIdx.x;
+  if (i >= count) return;
+  const int column = int(i % r);
+  float v = B[i];
+  if ((column | 1) < r) v = column & 1 ? B[i - 1] - v / 2 : v + B[i + 1] / 2;
+  plain[i] = v;
+}
+
+int plain_basis(const float* B, float* plain, int64_t N, int r, void* stream) {
+  int64_t count = N * r;
+  void* arguments[] = {&B, &plain, &count, &r};
+  return cudaLaunchKernel(reinterpret_cast<const void*>(householder_plain_basis_kernel),
+                          dim3(unsigned((count + 255) / 256)), dim3(256), arguments, 0,
+                          static_cast<cudaStream_t>(stream));
 }
 
 __global__ void __launch_bounds__(128) householder_product_f64_kernel(const __grid_constant__ Product a) {

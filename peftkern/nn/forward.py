@@ -235,7 +235,7 @@ def _generate(x, base_layer, chain, kept):
     if bias is not None and bias.dtype is not dtype:
         return None
     V, T = kept.factor
-    serving = contract.ROTATED_LINEAR.serving(x, weight, bias, V, T)
+    serving = contract.ROTATED_LINEAR.serving(x, weight, bias, V, T, False)
     if serving not in kept.generators:
         generator = getattr(serving, "generator", None)
         kept.generators[serving] = None if generator is None else generator(copy, V, T)

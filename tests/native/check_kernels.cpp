@@ -124,13 +124,13 @@ static void check_linear(Level level, const std::vector<char>& x, Dtype dtype, c
   int r = V.r;
   int64_t K = V.K;
   auto W = random(dtype, N * K), bias = random(dtype, N), dy = random(dtype, M * N);
-  std::vector<char> u(M * N * 2), y(M * N * 2), P(M * r * 4), update(M * K * 2), dV(K * r * 4);
+  std::vector<char> u(M * N * 2), y(M * N * 2), P(M * r * 4), B(N * r * 4), update(M * K * 2), dV(K * r * 4);
   const char* V_bytes = static_cast<const char*>(V.data);
   Matrix wide_x = widened(x, dtype), wide_W = widened(W, dtype);
   Matrix wide_V = widened({V_bytes, V_bytes + K * r * 4}, kFloat32), dT(r * r);
   Rows x_rows = {const_cast<char*>(x.data()), dtype, K}, W_rows = {W.data(), dtype, K}, dy_rows = {dy.data(), dtype, N};
   kernels.linear_few_rows(x_rows, M, W_rows, N, bias.data(), V, T.data(), {y.data(), dtype, N}, P.data(), 2);
-  kernels.linear_update(x_rows, M, W_rows, N, V, T.data(), {u.data(), dtype, N}, P.data(), 2);
+  kernels.linear_update(x_rows, M, W_rows, N, V, T.data(), {u.data(), dtype, N}, P.data(), B.data(), 2);
   Matrix exact_y = product(exact_z, wide_W, M, K, N, false, true);
   Matrix exact_u = minus(exact_y, product(wide_x, wide_W, M, K, N, false, true));
   expect(widened(u, dtype), exact_u, kRounding[dtype], "linear_update", name, dtype, M, K, r);
@@ -147,8 +147,9 @@ static void check_linear(Level level, const std::vector<char>& x, Dtype dtype, c
   Matrix exact_dT = minus(Matrix(r * r), product(Q, exact_P, r, M, r, true));
   const bool masks[][2] = {{true, true}, {true, false}, {false, true}};
   for (const auto& mask : masks) {
-    kernels.linear_backward(dy_rows, x_rows, M, W_rows, N, P.data(), V, T.data(), mask[0] ? update.data() : nullptr,
-                            mask[1] ? dV.data() : nullptr, mask[1] ? dT.data() : nullptr, 2);
+    kernels.linear_backward(dy_rows, x_rows, M, W_rows, N, P.data(), B.data(), V, T.data(),
+                            mask[0] ? update.data() : nullptr, mask[1] ? dV.data() : nullptr,
+                            mask[1] ? dT.data() : nullptr, 2);
     if (mask[0])
       expect(widened(update, dtype), exact_update, kRounding[dtype], "linear_backward dx", name, dtype, M, K, r);
     if (!mask[1]) continue;

@@ -142,7 +142,7 @@ def test_a_few_tokens_take_one_native_call_with_the_bits_of_the_operation(dtype,
             calls.clear()
             y = layer(x)
             factor = layer.hra_u, cpu_backend.wy_factor(layer.hra_u)
-            expected = cpu_backend.rotated_linear(x, layer.base_layer.weight, layer.base_layer.bias, *factor)[0]
+            expected = cpu_backend.rotated_linear(x, layer.base_layer.weight, layer.base_layer.bias, *factor, False)[0]
             assert len(calls) == 1 and torch.equal(y, expected)
         calls.clear()
         assert_right(layer, rows)

@@ -98,7 +98,7 @@ def apply_factor(x, V, T=None, reverse=False):
 def apply_factor_linear(x, weight, bias, V, T=None):
     """y = x H^T W^T + b in one accumulator, as `apply_factor`; x and weight share one dtype. Returns [..., N]."""
     if _transforms.needs_reference():
-        return reference.rotated_linear(x, weight, bias, V, reference.wy_factor(V) if T is None else T)[0]
+        return reference.rotated_linear(x, weight, bias, V, reference.wy_factor(V) if T is None else T, False)[0]
     if T is None:
         return autograd.ReflectedLinear.apply(x, weight, bias, V)
     return autograd.RotatedLinear.apply(x, weight, bias, V, T)

@@ -110,17 +110,17 @@ def _through_factor(dV, dT, V, T):
     return _ops.wy_factor_backward(dT, V, T).add_(dV)
 
 
-def _linear_backward(dy, x, weight, V, T, P, needs_input_grad):
+def _linear_backward(dy, x, weight, V, T, P, B, needs_input_grad):
     """dx, dW, db, dV and dT of y = x H^T W^T + b, None where not needed."""
     need_x, need_weight, need_bias, need_factor = needs_input_grad
     dx = dV = dT = dweight = dbias = None
     if need_x or need_factor:
         mask = need_x, need_factor
         if _transforms.differentiating_twice():
-            P = reference.project(x, V)
-            dx, dV, dT = reference.rotated_linear_backward(dy, x, weight, P, V, T, mask)
+            P, B = reference.project(x, V), reference.project(weight, reference.pairs(V))
+            dx, dV, dT = reference.rotated_linear_backward(dy, x, weight, P, B, V, T, mask)
         else:
-            dx, dV, dT = _ops.rotated_linear_backward(dy, x, weight, P, V, T, mask)
+            dx, dV, dT = _ops.rotated_linear_backward(dy, x, weight, P, B, V, T, mask)
         dx, dV, dT = dx if need_x else None, dV if need_factor else None, dT if need_factor else None
     if need_weight:
         rotate = reference.rotate if _transforms.differentiating_twice() else _ops.rotate
@@ -133,12 +133,12 @@ def _linear_backward(dy, x, weight, V, T, P, needs_input_grad):
 
 
 class RotatedLinear(torch.autograd.Function):
-    """y = x H^T W^T + b in one accumulator; saves x, W, V, T and x V, nothing of the size of W beside W itself."""
+    """y = x H^T W^T + b in one accumulator; saves x, W, V, T, x V and W Vp, nothing of W's size beside W itself."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, V, T):
-        y, P = _ops.rotated_linear(x, weight, bias, V, T)
-        ctx.save_for_backward(x, weight, V, T, P)
+        y, P, B = _ops.rotated_linear(x, weight, bias, V, T, any(ctx.needs_input_grad))
+        ctx.save_for_backward(x, weight, V, T, P, B)
         return y
 
     @staticmethod
@@ -153,15 +153,15 @@ class ReflectedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, V):
         T = _ops.wy_factor(V)
-        y, P = _ops.rotated_linear(x, weight, bias, V, T)
-        ctx.save_for_backward(x, weight, V, T, P)
+        y, P, B = _ops.rotated_linear(x, weight, bias, V, T, any(ctx.needs_input_grad))
+        ctx.save_for_backward(x, weight, V, T, P, B)
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight, V, T, P = ctx.saved_tensors
+        x, weight, V, T, P, B = ctx.saved_tensors
         T = _factor_again(V, T)
-        *gradients, dV, dT = _linear_backward(dy, x, weight, V, T, P, ctx.needs_input_grad)
+        *gradients, dV, dT = _linear_backward(dy, x, weight, V, T, P, B, ctx.needs_input_grad)
         return *gradients, _through_factor(dV, dT, V, T)
 
 

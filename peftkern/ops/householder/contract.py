@@ -1,7 +1,7 @@
 """Contracts of the `householder` operations: schema, argument check and fake, one place each.
 
 Shapes: x [..., K], M = numel(x) / K rows; V [K, r]; T [r, r] float64; weight [N, K]. V is float32,
-or float64 when x is.
+or float64 when x is. For half-precision x, B [N, r] = W Vp, the product with V's columns in pairs (README.md, eq. 9).
 """
 
 import torch
@@ -67,7 +67,7 @@ def check_rotate_backward(dz, x, P, V, T, reverse, output_mask):
     _checks.same_device("rotate_backward", dz=dz, x=x, P=P, V=V, T=T)
 
 
-def check_rotated_linear(x, weight, bias, V, T):
+def check_rotated_linear(x, weight, bias, V, T, keep):
     _check_factor("rotated_linear", V, T)
     _check_rows("rotated_linear", x, V)
     _checks.floating("rotated_linear", "weight", weight, (x.dtype,))
@@ -80,13 +80,23 @@ def check_rotated_linear(x, weight, bias, V, T):
     _checks.same_device("rotated_linear", x=x, weight=weight, V=V, T=T, **({} if bias is None else {"bias": bias}))
 
 
-def check_rotated_linear_backward(dy, x, weight, P, V, T, output_mask):
-    check_rotated_linear(x, weight, None, V, T)
+def _paired_rows(x, weight):
+    """How many rows B has."""
+    return weight.shape[0] if x.dtype.itemsize == 2 else 0
+
+
+def check_rotated_linear_backward(dy, x, weight, P, B, V, T, output_mask):
+    check_rotated_linear(x, weight, None, V, T, True)
     if dy.shape != (*x.shape[:-1], weight.shape[0]) or dy.dtype is not x.dtype:
         raise ValueError(f"rotated_linear_backward: dy must be {x.dtype} like x W^T; got {_checks.describe(dy)}")
     if P.shape != (_rows(x), V.shape[1]) or P.dtype is not V.dtype:
         raise ValueError(f"rotated_linear_backward: P must be {V.dtype} of shape [M, r]; got {_checks.describe(P)}")
-    _checks.same_device("rotated_linear_backward", dy=dy, x=x, P=P)
+    wanted = (_paired_rows(x, weight), V.shape[1])
+    if B.shape != wanted or B.dtype is not V.dtype:
+        raise ValueError(
+            f"rotated_linear_backward: B must be {V.dtype} of shape {list(wanted)}; got {_checks.describe(B)}"
+        )
+    _checks.same_device("rotated_linear_backward", dy=dy, x=x, P=P, B=B)
 
 
 def check_project(x, V):
@@ -128,8 +138,9 @@ def _fake_rotate_backward(dz, x, P, V, T, reverse, output_mask):
     return dx, *((_like(V), _like(T)) if want_dV else (_like(V, (0,)), _like(T, (0,))))
 
 
-def _fake_rotated_linear(x, weight, bias, V, T):
-    return _like(x, (*x.shape[:-1], weight.shape[0])), _like(V, (_rows(x), V.shape[1]))
+def _fake_rotated_linear(x, weight, bias, V, T, keep):
+    y, r = _like(x, (*x.shape[:-1], weight.shape[0])), V.shape[1]
+    return y, _like(V, (_rows(x), r)), _like(V, (_paired_rows(x, weight) * keep, r))
 
 
 def _fake_project(x, V):
@@ -177,19 +188,19 @@ ROTATE_BACKWARD = Operation(
     lambda dz, x, P, V, *_: _key_rows(x, V),
 )
 ROTATED_LINEAR = Operation(
-    "rotated_linear(Tensor x, Tensor weight, Tensor? bias, Tensor V, Tensor T) -> (Tensor, Tensor)",
+    "rotated_linear(Tensor x, Tensor weight, Tensor? bias, Tensor V, Tensor T, bool keep) -> (Tensor, Tensor, Tensor)",
     FAMILY,
     check_rotated_linear,
     _fake_rotated_linear,
-    lambda x, weight, bias, V, T: _key_rows(x, V),
+    lambda x, weight, bias, V, *_: _key_rows(x, V),
 )
 ROTATED_LINEAR_BACKWARD = Operation(
-    "rotated_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor P, Tensor V, Tensor T, bool[2] output_mask)"
-    " -> (Tensor, Tensor, Tensor)",
+    "rotated_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor P, Tensor B, Tensor V, Tensor T,"
+    " bool[2] output_mask) -> (Tensor, Tensor, Tensor)",
     FAMILY,
     check_rotated_linear_backward,
-    lambda dy, x, weight, P, V, T, output_mask: _fake_rotate_backward(x, x, P, V, T, False, output_mask),
-    lambda dy, x, weight, P, V, *_: _key_rows(x, V),
+    lambda dy, x, weight, P, B, V, T, output_mask: _fake_rotate_backward(x, x, P, V, T, False, output_mask),
+    lambda dy, x, weight, P, B, V, *_: _key_rows(x, V),
 )
 PROJECT = Operation("project(Tensor x, Tensor V) -> Tensor", FAMILY, check_project, _fake_project, _key_rows)
 PROJECT_BACKWARD = Operation(

@@ -221,7 +221,14 @@ def launches(op, *, M, K, N, r, dtype, family):
                                                             family=family)]  # fmt: skip
     if op == "rotated_linear_backward":
         return [
-            *rows(N, K, P=True),
+            Launch(
+                "householder_plain_basis_kernel",
+                8 * N * r - 4 * N * (r % 2),
+                4 * N * r,
+                8 * N * r,
+                {},
+                _over(N * r, 256),
+            ),
             *rows(M, N, P=True, S=True, core=True, saved=True),
             *rows(M, K, x=False, z=True, given=True),
             _library("dx += dy W", M, K, N, dtype, accumulate=True),

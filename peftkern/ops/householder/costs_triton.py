@@ -149,22 +149,18 @@ def _linear(dtype, M, N, K, r, tile):
     return Launch("linear_kernel", read, written, unique, flops, tiles_m * tiles_n)
 
 
-def _linear_backward(family, dtype, M, N, K, r, tile):
+def _linear_backward(dtype, M, N, K, r, tile):
     """(launch, splits of dV)."""
     s, R = dtype.itemsize, tiles.rank(r)
     tiles_m, tiles_k = _over(M, tile.rows), _over(K, tile.cols)
-    per_program = tiles.row_tiles(family, tiles_m, tiles_k)
-    splits = _over(tiles_m, per_program)
-    # The last program takes as many tiles as the others, if only to find no rows in them.
-    tiles_m = splits * per_program
     terms = tiles.dx_terms(dtype, K, r)
     read = tiles_k * M * (N * s + 12 * R) + tiles_m * K * (N * s + 2 * R * terms) + M * K * s
-    written, area = M * K * s + 4 * splits * K * r, tiles_m * tile.rows * tiles_k * tile.cols
+    written, area = M * K * s + 4 * tiles_m * K * r, tiles_m * tile.rows * tiles_k * tile.cols
     products = _OF_TERMS[terms] + _PRODUCTS[3] + _PRODUCTS[_TERMS[dtype]]
     flops = {"tensor_bf16": 2 * area * R * products}
     flops[_KINDS[dtype]] = flops.get(_KINDS[dtype], 0) + 2 * area * _padded(N, tile.depth)
     unique = (M * N + N * K + M * K) * s + 12 * M * R + 2 * terms * K * R + written
-    return Launch("linear_backward_kernel", read, written, unique, flops, splits * tiles_k), splits
+    return Launch("linear_backward_kernel", read, written, unique, flops, tiles_m * tiles_k), tiles_m
 
 
 def _library(name, M, N, K, dtype, accumulate=False):
@@ -200,14 +196,13 @@ def _rotated_linear_backward(family, dtype, M, N, K, r):
     project, splits = _project(family, dtype, M, N, r)
     small = [
         _split(K, r, 3),
-        *_gathered(_project(family, dtype, N, K, r)),
-        _split(N, r, 3),
+        _split(N, r, 3, pair=True),
         project,
         _core(M, r, 3, splits, keep=True),
         _core(M, r, 3),
     ]
     if tile is not None:
-        product, partial = _linear_backward(family, dtype, M, N, K, r, tile)
+        product, partial = _linear_backward(dtype, M, N, K, r, tile)
         return [*small, product, _reduce(K * r, partial), *_gradient_of_factor(family, M, r)]
     of_x, x_splits = _update(family, dtype, M, K, r, z=True, dV=True)
     of_y, y_splits = _update(family, dtype, M, N, r, dV=True)

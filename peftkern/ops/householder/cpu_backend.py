@@ -45,8 +45,8 @@ _rank_of = {
     "wy_factor_backward": lambda dT, V, T: V.shape[1],
     "rotate": lambda x, V, T, reverse: V.shape[1],
     "rotate_backward": lambda dz, x, P, V, *_: V.shape[1],
-    "rotated_linear": lambda x, weight, bias, V, T: V.shape[1],
-    "rotated_linear_backward": lambda dy, x, weight, P, V, *_: V.shape[1],
+    "rotated_linear": lambda x, weight, bias, V, *_: V.shape[1],
+    "rotated_linear_backward": lambda dy, x, weight, P, B, V, *_: V.shape[1],
     "project": lambda x, V: V.shape[1],
     "project_backward": lambda dP, x, V, output_mask: V.shape[1],
     "orthogonality_penalty": lambda V, squared: V.shape[1],
@@ -103,12 +103,12 @@ def _few(rows, dtype):
     return rows <= _FEW_ROWS[dtype]
 
 
-def rotated_linear(x, weight, bias, V, T):
+def rotated_linear(x, weight, bias, V, T, keep):
     K, r = V.shape
     M, N = x.numel() // K, weight.shape[0]
     if x.dtype not in _HALF and not _few(M, x.dtype):
         z, P = rotate(x, V, T, False)
-        return F.linear(z, weight, bias), P
+        return F.linear(z, weight, bias), P, V.new_empty(0, r)
     T = T.contiguous()
     rows, stride = _rows(x, K)
     W, W_stride = _rows(weight, K)
@@ -120,19 +120,20 @@ def rotated_linear(x, weight, bias, V, T):
                                  W.data_ptr(), N, W_stride, 0 if b is None else b.data_ptr(), *_factor(V), T.data_ptr(),
                                  y.data_ptr(), P.data_ptr())
         # fmt: on
-        return y, P
+        wanted = keep and x.dtype in _HALF
+        return y, P, project(W, reference.pairs(V)) if wanted else V.new_empty(0, r)
     if not _adds_in_one_accumulator(x.dtype, K, r):
-        return reference.rotated_linear(x, weight, bias, V, T)
-    P, y = V.new_empty(M, r), x.new_empty(M, N)
+        return reference.rotated_linear(x, weight, bias, V, T, keep)
+    P, B, y = V.new_empty(M, r), V.new_empty(N, r), x.new_empty(M, N)
     # fmt: off
     _library.linear_update(_level, _threads(), rows.data_ptr(), _CODES[x.dtype], M, stride, W.data_ptr(), N, W_stride,
-                           *_factor(V), T.data_ptr(), y.data_ptr(), P.data_ptr())
+                           *_factor(V), T.data_ptr(), y.data_ptr(), P.data_ptr(), B.data_ptr())
     # fmt: on
     if bias is None:
         y.addmm_(x.reshape(M, K), weight.mT)
     else:
         y = torch.ops.mkldnn._linear_pointwise.binary(x.reshape(M, K), y, weight, bias, "add")
-    return y.view(*x.shape[:-1], N), P
+    return y.view(*x.shape[:-1], N), P, B if keep else V.new_empty(0, r)
 
 
 class Generator:
@@ -174,13 +175,13 @@ def _adds_in_one_accumulator(dtype, K, r):
     return 16 * r <= K and torch.backends.mkldnn.enabled and supported()
 
 
-def rotated_linear_backward(dy, x, weight, P, V, T, output_mask):
+def rotated_linear_backward(dy, x, weight, P, B, V, T, output_mask):
     if x.dtype not in _HALF:
         return rotate_backward(dy.matmul(weight), x, P, V, T, False, output_mask)
     (K, r), (want_dx, want_dV) = V.shape, output_mask
     if not _adds_in_one_accumulator(x.dtype, K, r):
-        return reference.rotated_linear_backward(dy, x, weight, P, V, T, output_mask)
-    M, N, P, T = x.numel() // K, weight.shape[0], P.contiguous(), T.contiguous()
+        return reference.rotated_linear_backward(dy, x, weight, P, B, V, T, output_mask)
+    M, N, P, B, T = x.numel() // K, weight.shape[0], P.contiguous(), B.contiguous(), T.contiguous()
     rows, stride = _rows(x, K)
     dy_rows, dy_stride = _rows(dy, N)
     W, W_stride = _rows(weight, K)
@@ -189,8 +190,8 @@ def rotated_linear_backward(dy, x, weight, P, V, T, output_mask):
     if want_dx or want_dV:
         # fmt: off
         _library.linear_backward(_level, _threads(), dy_rows.data_ptr(), dy_stride, rows.data_ptr(), _CODES[x.dtype], M,
-                                 stride, W.data_ptr(), N, W_stride, P.data_ptr(), *_factor(V), T.data_ptr(),
-                                 dx.data_ptr(), dV.data_ptr(), dT.data_ptr())
+                                 stride, W.data_ptr(), N, W_stride, P.data_ptr(), B.data_ptr(), *_factor(V),
+                                 T.data_ptr(), dx.data_ptr(), dV.data_ptr(), dT.data_ptr())
         # fmt: on
     return dx.addmm_(dy.reshape(M, N), weight).view(x.shape) if want_dx else dx, dV, dT
 

@@ -39,7 +39,7 @@ _V_AT = {
     "rotate": 1,
     "rotate_backward": 3,
     "rotated_linear": 3,
-    "rotated_linear_backward": 4,
+    "rotated_linear_backward": 5,
     "project": 1,
     "project_backward": 2,
     "orthogonality_penalty": 0,
@@ -228,10 +228,18 @@ def _pair_basis(V, T):
     return Vp, Cp
 
 
-def rotated_linear(x, weight, bias, V, T):
+def _plain_basis(B):
+    """The columns of which B [N, r] has the means and differences."""
+    plain = B.new_empty(B.shape)
+    with _cuda.guard(B):
+        _cuda.library().householder_plain_basis(B.data_ptr(), plain.data_ptr(), *B.shape, _cuda.stream(B))
+    return plain
+
+
+def rotated_linear(x, weight, bias, V, T, keep):
     if x.dtype not in _HALF:
         z, P = rotate(x, V, T, False)
-        return F.linear(z, weight, bias), P
+        return F.linear(z, weight, bias), P, V.new_empty(0, V.shape[1])
     (K, r), N = V.shape, weight.shape[0]
     rows, W, V, T = _rows_of(x, K), _rows_of(weight, K), V.contiguous(), T.contiguous()
     M = rows.shape[0]
@@ -247,7 +255,7 @@ def rotated_linear(x, weight, bias, V, T):
         y.addmm_(rows, weight.mT)
     else:
         y = _extended_linear(rows, weight, bias, S, WV, Vp, Cp)
-    return y.view(*x.shape[:-1], N), P
+    return y.view(*x.shape[:-1], N), P, WV if keep else V.new_empty(0, r)
 
 
 def _extended_linear(rows, weight, bias, S, WV, Vp, Cp):
@@ -261,15 +269,14 @@ def _extended_linear(rows, weight, bias, S, WV, Vp, Cp):
     return F.linear(left, right, bias)
 
 
-def rotated_linear_backward(dy, x, weight, P, V, T, output_mask):
+def rotated_linear_backward(dy, x, weight, P, B, V, T, output_mask):
     if x.dtype not in _HALF:
         return rotate_backward(dy.matmul(weight), x, P, V, T, False, output_mask)
     (K, r), N, (want_dx, want_dV) = V.shape, weight.shape[0], output_mask
     dy_rows, rows, W = _rows_of(dy, N), _rows_of(x, K), _rows_of(weight, K)
     P, V, core = P.contiguous(), V.contiguous(), _Core.of(T.contiguous(), False)
     M = rows.shape[0]
-    WV = V.new_empty(N, r)
-    _run_rows(N, x, V, x=W, P=WV)
+    WV = _plain_basis(B.contiguous())
     Q, R, S = V.new_empty(3, M, r)
     saved = {"saved": P, "saved_out": S, "saved_core": core} if want_dV else {}
     _run_rows(M, x, WV, x=dy_rows, P=Q, S=R, core=core.mT, **saved)

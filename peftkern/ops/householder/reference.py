@@ -11,6 +11,8 @@ import torch.nn.functional as F
 
 from peftkern.ops._transforms import without_autocast
 
+HALF = (torch.bfloat16, torch.float16)
+
 
 def _core(T, reverse):
     """The matrix C of z = x - (x V) C V^T."""
@@ -67,17 +69,28 @@ def rotate_backward(dz, x, P, V, T, reverse, output_mask):
     return dx, dV, dC if reverse else dC.mT
 
 
+def pairs(V):
+    """Vp: the columns of V as [(v0 + v1) / 2, v0 - v1, ...], an odd last one as it is."""
+    even = V.shape[1] - V.shape[1] % 2
+    v0, v1 = V[:, 0:even:2], V[:, 1:even:2]
+    return torch.cat((torch.stack(((v0 + v1) / 2, v0 - v1), dim=2).flatten(1), V[:, even:]), dim=1)
+
+
+def plain_basis(B):
+    """The columns of which B = `pairs` has the means and differences."""
+    even = B.shape[1] - B.shape[1] % 2
+    mean, half = B[:, 0:even:2], B[:, 1:even:2] / 2
+    return torch.cat((torch.stack((mean + half, mean - half), dim=2).flatten(1), B[:, even:]), dim=1)
+
+
 def pair_basis(V, T, reverse):
     """(Vp, Cp) with V C V^T = Vp Cp Vp^T, columns paired as Vp = [(v0 + v1) / 2, v0 - v1, ...] (README.md, eq. 9).
 
     HRA starts from equal pairs whose products cancel. In this basis the cancellation happens in float64, inside the
     r x r matrix, and Vp and Cp can be rounded to half precision without losing the update.
     """
-    r = V.shape[1]
+    Vp, r = pairs(V), V.shape[1]
     even = r - r % 2
-    v0, v1 = V[:, 0:even:2], V[:, 1:even:2]
-    Vp = torch.stack(((v0 + v1) / 2, v0 - v1), dim=2).flatten(1)
-    Vp = torch.cat((Vp, V[:, even:]), dim=1)
     basis = torch.eye(r, dtype=T.dtype, device=T.device)
     pair = torch.tensor([[1.0, 0.5], [1.0, -0.5]], dtype=T.dtype, device=T.device)
     for i in range(0, even, 2):
@@ -100,31 +113,36 @@ def _split(t, dtype):
 
 
 @without_autocast
-def rotated_linear(x, weight, bias, V, T):
-    """y = x H^T W^T + b with one accumulator and one rounding: [x, x Vp Cp / s] [W, -W Vp s]^T (README.md, eq. 10)."""
+def rotated_linear(x, weight, bias, V, T, keep):
+    """y = x H^T W^T + b with one accumulator and one rounding: [x, x Vp Cp / s] [W, -W Vp s]^T (README.md, eq. 10).
+
+    Also P = x V [M, r] and, to keep for the backward in half precision, B = W Vp [N, r] (else [0, r]), in V's dtype.
+    """
     rows = x.reshape(-1, x.shape[-1])
     Vp, Cp = pair_basis(V, T, reverse=False)
     scale = _balance(Vp, Cp)
     S, S_low = _split(_times(rows.to(V.dtype) @ Vp, Cp / scale), x.dtype)
-    WV, WV_low = _split(weight.to(V.dtype) @ (Vp * -scale.to(V.dtype)), x.dtype)
+    B = weight.to(V.dtype) @ Vp
+    WV, WV_low = _split(B * -scale.to(V.dtype), x.dtype)
     pad = -3 * V.shape[1] % 32
     left = F.pad(torch.cat((rows, S, S_low, S), 1), (0, pad))
     right = F.pad(torch.cat((weight, WV, WV, WV_low), 1), (0, pad))
     y = F.linear(left, right, bias)
-    return y.reshape(*x.shape[:-1], weight.shape[0]), rows.to(V.dtype) @ V
+    return y.reshape(*x.shape[:-1], weight.shape[0]), rows.to(V.dtype) @ V, B if keep and x.dtype in HALF else B[:0]
 
 
 @without_autocast
-def rotated_linear_backward(dy, x, weight, P, V, T, output_mask):
+def rotated_linear_backward(dy, x, weight, P, B, V, T, output_mask):
     """rotate_backward of dz = dy W, whose rounding to half precision reaches dx alone (README.md, eq. 11).
 
-    With B = W V, Q = dy B, R = Q T, S = P T^T:  dx = dz - R V^T,  dV = -W^T (dy^T S) - x^T R,  dT = -Q^T P.
+    With Q = dy W V, R = Q T, S = P T^T:  dx = dz - R V^T,  dV = -W^T (dy^T S) - x^T R,  dT = -Q^T P. W V comes from the
+    B = W Vp that the forward has left.
     """
     want_dx, want_dV = output_mask
-    if x.dtype not in (torch.bfloat16, torch.float16):
+    if x.dtype not in HALF:
         return rotate_backward(dy.matmul(weight), x, P, V, T, False, output_mask)
     dy_rows, W = dy.reshape(-1, dy.shape[-1]).to(V.dtype), weight.to(V.dtype)
-    Q = dy_rows @ (W @ V)
+    Q = dy_rows @ plain_basis(B)
     R = _times(Q, T)
     dx = x.new_empty(0)
     if want_dx:

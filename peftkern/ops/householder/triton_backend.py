@@ -48,7 +48,7 @@ _V_OF = {
     "wy_factor": 0,
     "rotate_backward": 3,
     "rotated_linear": 3,
-    "rotated_linear_backward": 4,
+    "rotated_linear_backward": 5,
     "project_backward": 2,
     "orthogonality_penalty": 0,
 }
@@ -79,15 +79,15 @@ def _like_rows(x):
     return x.new_empty(x.shape)
 
 
-def _split(v, strides, terms, pair=False, negate=False):
-    """The terms [terms, rows, R] of a matrix [rows, r]; (terms, step)."""
+def _split(v, strides, terms, pair=False, unpair=False, negate=False):
+    """The terms [terms, rows, R] of a matrix [rows, r], of its pairs, or of the columns whose pairs it has."""
     rows, r = v.shape
     R = tiles.rank(r)
     dtype = torch.float64 if v.dtype is torch.float64 else torch.bfloat16
     out = v.new_empty(terms, rows, R, dtype=dtype)
     block = tiles.SPLIT_ROWS[R]
     _kernels().split_kernel[(_cdiv(rows, block),)](
-        v, out, rows, r, *strides, rows * R, R, block, terms, pair, negate, num_warps=4
+        v, out, rows, r, *strides, rows * R, R, block, terms, pair, unpair, negate, num_warps=4
     )
     return out
 
@@ -277,21 +277,21 @@ def rotate_backward(dz, x, P, V, T, reverse, output_mask):
         return dx, _reduce(partial, V.new_empty(K, r)), _gradient_of_factor(P, Q, reverse)
 
 
-def rotated_linear(x, weight, bias, V, T):
+def rotated_linear(x, weight, bias, V, T, keep):
     if x.dtype not in tiles.HALF:
         z, P = rotate(x, V, T, False)
-        return F.linear(z, weight, bias), P
+        return F.linear(z, weight, bias), P, V.new_empty(0, V.shape[1])
     (K, r), N = V.shape, weight.shape[0]
     M = x.numel() // K
     y, P = x.new_empty(*x.shape[:-1], N), V.new_empty(M, r)
     if M == 0:
-        return y, P
+        return y, P, V.new_zeros(N if keep else 0, r)
     (rows, stride), (W, W_stride) = _rows(x, K), _rows(weight, K)
     with _triton.guard(x):
         V_terms = _split(V, V.stride(), 3, pair=True)
         R = V_terms.shape[2]
         WV = _gathered(_project(W, W_stride, N, K, r, V_terms, V.dtype))
-        WV_terms = _split(WV, WV.stride(), 2)
+        WV_terms, kept = _split(WV, WV.stride(), 2), WV if keep else V.new_empty(0, r)
         partial = _project(rows, stride, M, K, r, V_terms, V.dtype)
         tile = tiles.linear(_triton.family(), M, R, bias is not None)
         S, P = _core(partial, T.mT, 2, pair=True, negate=tile is not None, keep=True)
@@ -299,17 +299,17 @@ def rotated_linear(x, weight, bias, V, T):
             # S (W V)^T is rounded alone, and the library adds the product to it in its accumulator.
             step = tiles.update(_triton.family(), x.dtype, R)
             _update(None, (y.view(M, N), N), None, S, WV_terms, y, None, step.rows, step)
-            return y.view(M, N).addmm_(rows.reshape(M, K), W.mT).view(y.shape), P
+            return y.view(M, N).addmm_(rows.reshape(M, K), W.mT).view(y.shape), P, kept
         _kernels().linear_kernel[(_cdiv(M, tile.rows) * _cdiv(N, tile.cols),)](
             rows, W, bias if bias is not None else rows, S, WV_terms, y, M, N, K, stride, W_stride,
             0 if bias is None else bias.stride(0), S.stride(0), WV_terms.stride(0), bias is not None, 2, R,
             tile.rows, tile.cols, tile.depth, tiles.GROUP, _aligned(K, stride, W_stride), tile.stages,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-    return y, P
+    return y, P, kept
 
 
-def rotated_linear_backward(dy, x, weight, P, V, T, output_mask):
+def rotated_linear_backward(dy, x, weight, P, B, V, T, output_mask):
     if x.dtype not in tiles.HALF:
         return rotate_backward(dy.matmul(weight), x, P, V, T, False, output_mask)
     (K, r), (want_dx, want_dV), N = V.shape, output_mask, weight.shape[0]
@@ -321,8 +321,7 @@ def rotated_linear_backward(dy, x, weight, P, V, T, output_mask):
     tile = tiles.linear_backward(_triton.family(), M, tiles.rank(r))
     with _triton.guard(x):
         V_terms = _split(V, V.stride(), 3)
-        WV = _gathered(_project(*W, N, K, r, V_terms, V.dtype))
-        Q = _project(*dy_rows, M, N, r, _split(WV, WV.stride(), 3), V.dtype)
+        Q = _project(*dy_rows, M, N, r, _split(B, B.stride(), 3, unpair=True), V.dtype)
         R_terms, Q = _core(Q, T, 3, negate=tile is not None, keep=True)
         S = _core(P[None], T.mT, 3, negate=tile is not None) if want_dV else None
         fused = _linear_backward if tile is not None else _linear_backward_in_steps
@@ -337,13 +336,11 @@ def _linear_backward(dy, W, x, S, R_terms, V_terms, dx, r, tile):
     (dy_rows, dy_stride), (W_rows, W_stride), (rows, stride) = dy, W, x
     M, (N, K), R = R_terms.shape[1], W_rows.shape, R_terms.shape[2]
     tiles_m, columns = _cdiv(M, tile.rows), _cdiv(K, tile.cols)
-    row_tiles = tiles.row_tiles(_triton.family(), tiles_m, columns) if S is not None else 1
-    programs = _cdiv(tiles_m, row_tiles)
-    partial = rows.new_empty(programs, K, r, dtype=torch.float32) if S is not None else None
-    _kernels().linear_backward_kernel[(programs * columns,)](
+    partial = rows.new_empty(tiles_m, K, r, dtype=torch.float32) if S is not None else None
+    _kernels().linear_backward_kernel[(tiles_m * columns,)](
         dy_rows, W_rows, rows, S if S is not None else R_terms, R_terms, V_terms, dx if dx is not None else rows,
         partial if partial is not None else R_terms, M, N, K, r, dy_stride, W_stride, stride, R_terms.stride(0),
-        V_terms.stride(0), row_tiles, dx is not None, S is not None, _TERMS[rows.dtype], 3,
+        V_terms.stride(0), dx is not None, S is not None, _TERMS[rows.dtype], 3,
         tiles.dx_terms(rows.dtype, K, r), R, tile.rows, tile.cols, tile.depth, tiles.GROUP,
         _aligned(K, N, stride, dy_stride, W_stride), tile.stages, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -94,9 +94,10 @@ def _store_terms(p_out, b_x, mask, step, TERMS: tl.constexpr):
 @triton.jit
 def split_kernel(
     p_v, p_out, rows, r, s_row, s_col, step,
-    R: tl.constexpr, BLOCK: tl.constexpr, TERMS: tl.constexpr, PAIR: tl.constexpr, NEGATE: tl.constexpr,
+    R: tl.constexpr, BLOCK: tl.constexpr, TERMS: tl.constexpr, PAIR: tl.constexpr, UNPAIR: tl.constexpr,
+    NEGATE: tl.constexpr,
 ):  # fmt: skip
-    """V [rows, r] -> its terms [TERMS, rows, R], zero beyond r; PAIR: of the pair basis (README, eq. 9).
+    """V [rows, r] -> its terms [TERMS, rows, R], zero beyond r; PAIR: of the pair basis (README, eq. 9); UNPAIR: back.
 
     Launch: rows / BLOCK programs. Bytes: 4 rows r read, 2 TERMS rows R written: the least.
     """
@@ -104,10 +105,13 @@ def split_kernel(
     o_r = tl.arange(0, R)[None, :]
     mask = (o_l < rows) & (o_r < r)
     b_v = tl.load(p_v + o_l * s_row + o_r * s_col, mask=mask, other=0.0)
-    if PAIR:
+    if PAIR or UNPAIR:
         paired = (o_r ^ 1) < r
         b_w = tl.load(p_v + o_l * s_row + (o_r ^ 1) * s_col, mask=mask & paired, other=0.0)
-        b_v = tl.where(paired, tl.where(o_r % 2 == 0, (b_v + b_w) * 0.5, b_w - b_v), b_v)
+        if PAIR:
+            b_v = tl.where(paired, tl.where(o_r % 2 == 0, (b_v + b_w) * 0.5, b_w - b_v), b_v)
+        else:
+            b_v = tl.where(paired, tl.where(o_r % 2 == 0, b_v + b_w * 0.5, b_w - b_v * 0.5), b_v)
     if NEGATE:
         b_v = -b_v
     _store_terms(p_out + o_l * R + o_r, b_v, o_l < rows, step, TERMS)
@@ -315,36 +319,33 @@ def _backward_tail(
 
 @triton.jit
 def linear_backward_kernel(
-    p_dy, p_w, p_x, p_s, p_r, p_v, p_dx, p_dv, M, N, K, r, s_dy, s_w, s_x, step_m, step_v, row_tiles,
+    p_dy, p_w, p_x, p_s, p_r, p_v, p_dx, p_dv, M, N, K, r, s_dy, s_w, s_x, step_m, step_v,
     WANT_DX: tl.constexpr, WANT_DV: tl.constexpr, A: tl.constexpr, B: tl.constexpr, DX_TERMS: tl.constexpr,
     R: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr,
     ALIGNED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dz = dy W stays in registers: dx = dz + R V^T, and partial sums of dV = dz^T S + x^T R; R and S come negated.
 
-    Launch: (M / BM / row_tiles)(K / BK) programs, grouped; each takes row_tiles tiles of rows in turn and writes one
-    partial sum [BK, r]. Flops: 2MNK, + 2 or 6 MKR for dx, + 12MKR + 6MKR for dV (A = 1). Bytes: dy K / BK times,
-    W M / BM times (from L2), x and dx once.
+    Launch: (M / BM)(K / BK) programs, grouped; each writes one partial sum [BK, r]. Flops: 2MNK, + 2 or 6 MKR for dx,
+    + 12MKR + 6MKR for dV (A = 1). Bytes: dy K / BK times, W M / BM times (from L2), x and dx once.
     """
-    i_m, i_k = _tile(tl.cdiv(M, BM * row_tiles), tl.cdiv(K, BK), GROUP)
+    i_m, i_k = _tile(tl.cdiv(M, BM), tl.cdiv(K, BK), GROUP)
     N, s_dy, s_w = _eights(N, ALIGNED), _eights(s_dy, ALIGNED), _eights(s_w, ALIGNED)
     K, s_x = _eights(K, ALIGNED), _eights(s_x, ALIGNED)
     o_i, o_k, o_n, o_r = tl.arange(0, BM), i_k * BK + tl.arange(0, BK), tl.arange(0, BN), tl.arange(0, R)
     p_ws = p_w + o_n[:, None].to(tl.int64) * s_w + o_k[None, :]
-    b_dv = tl.zeros((BK, R), tl.float32)
-    for i in range(0, row_tiles):
-        o_m = ((i_m * row_tiles + i) * BM + o_i).to(tl.int64)[:, None]
-        p_dys = p_dy + o_m * s_dy + o_n[None, :]
-        b_dz = tl.zeros((BM, BK), tl.float32)
-        for n in tl.range(0, N, BN, num_stages=STAGES):
-            m_n = n + o_n < N
-            b_dy = tl.load(p_dys + n, mask=(o_m < M) & m_n[None, :], other=0.0)
-            b_w = tl.load(p_ws + tl.cast(n, tl.int64) * s_w, mask=m_n[:, None] & (o_k[None, :] < K), other=0.0)
-            b_dz = _dot(b_dy, b_w, b_dz)
-        b_dv = _backward_tail(
-            b_dz, p_x, p_s, p_r, p_v, p_dx, b_dv, o_m, o_k, M, K, s_x, step_m, step_v,
-            WANT_DX, WANT_DV, A, B, DX_TERMS, R,
-        )  # fmt: skip
+    o_m = (i_m * BM + o_i).to(tl.int64)[:, None]
+    p_dys = p_dy + o_m * s_dy + o_n[None, :]
+    b_dz = tl.zeros((BM, BK), tl.float32)
+    for n in tl.range(0, N, BN, num_stages=STAGES):
+        m_n = n + o_n < N
+        b_dy = tl.load(p_dys + n, mask=(o_m < M) & m_n[None, :], other=0.0)
+        b_w = tl.load(p_ws + tl.cast(n, tl.int64) * s_w, mask=m_n[:, None] & (o_k[None, :] < K), other=0.0)
+        b_dz = _dot(b_dy, b_w, b_dz)
+    b_dv = _backward_tail(
+        b_dz, p_x, p_s, p_r, p_v, p_dx, tl.zeros((BK, R), tl.float32), o_m, o_k, M, K, s_x, step_m, step_v,
+        WANT_DX, WANT_DV, A, B, DX_TERMS, R,
+    )  # fmt: skip
     if WANT_DV:
         p_dv += i_m.to(tl.int64) * K * r + o_r[None, :]
         tl.store(p_dv + o_k[:, None] * r, b_dv, mask=(o_k[:, None] < K) & (o_r[None, :] < r))

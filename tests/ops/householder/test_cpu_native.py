@@ -250,9 +250,11 @@ def test_rotated_linear_rounds_once(level, dtype, bias):
         exact = F.linear(z, W.double(), None if b is None else b.double())
         plain = F.linear(z.to(dtype), W, b)
         for x_form in (x, torch.cat((x, x), 1)[:, :K]):
-            y, P = cpu.rotated_linear(x_form, W, b, V, T)
+            y, P, B = cpu.rotated_linear(x_form, W, b, V, T, True)
             no_worse_than_torch((y,), (plain,), (exact,), (floor(dtype, K),))
             assert y.dtype is dtype and error(P, x.double() @ V.double()) <= floor(V.dtype, K)
+            if dtype in HALF:
+                assert error(B, W.double() @ reference.pairs(V.double())) <= floor(V.dtype, K)
 
 
 UPDATE_SHAPES = [  # M, K, N, r, with few and with many columns for the width
@@ -268,7 +270,7 @@ def test_rotated_linear_rounds_y_once_and_the_update_by_itself(level, dtype, gap
         x, W, V = normal(M, K, dtype=dtype), (normal(N, K, seed=1) / K**0.5).to(dtype), pairs(K, r, gap, seed=3)
         T = reference.wy_factor(V.double())
         exact = exact_rotation(x, x, V, T, False)[0][0] @ W.double().mT
-        y, P = cpu.rotated_linear(x, W, None, V, T)
+        y, P, _ = cpu.rotated_linear(x, W, None, V, T, False)
         limit = 1.01 * error(exact.to(dtype), exact)
         if 16 * r <= K:  # two independent roundings; a few hundred numbers average their product to a few per cent
             update = exact - x.double() @ W.double().mT
@@ -285,7 +287,7 @@ BACKWARD_SHAPES = [  # M, K, N, r
 
 @functools.cache
 def backward_case(M, K, N, r, dtype, gap):
-    """dy, x, W, P, V, T; the float64 gradients, the size of their terms and those of the reference backend."""
+    """dy, x, W, P, B, V, T; the float64 gradients, the size of their terms and those of the reference backend."""
     dy, x = normal(M, N, dtype=dtype, seed=1), normal(M, K, dtype=dtype, seed=2)
     W, V = (normal(N, K, seed=3) / K**0.5).to(dtype), pairs(K, r, gap, seed=4)
     T = reference.wy_factor(V.double())
@@ -293,7 +295,7 @@ def backward_case(M, K, N, r, dtype, gap):
     (_, P, *exact), (*_, dV_size, _) = exact_rotation(dz, x, V, T, False)
     # |Q^T P| for rows that do not cancel.
     dT_size = float((dz @ V.double()).norm() * P.norm()) / max(M, 1) ** 0.5
-    inputs = dy, x, W, P.float(), V, T
+    inputs = dy, x, W, P.float(), (W.double() @ reference.pairs(V.double())).float(), V, T
     return inputs, exact, [0.0, dV_size, dT_size], reference.rotated_linear_backward(*inputs, (True, True))
 
 
@@ -323,22 +325,22 @@ def exact_product(M, K, N, r, dtype):
     """Inputs of rotated_linear_backward whose dy W is a small integer: the library rounds nothing, in any order."""
     dy, W = (normal(*shape, seed=seed).sign().to(dtype) for shape, seed in (((M, N), 1), ((N, K), 2)))
     x, V = normal(M, K, dtype=dtype, seed=3), normal(K, r, seed=4)
-    return dy, x, W, cpu.project(x, V), V, cpu.wy_factor(V)
+    return dy, x, W, cpu.project(x, V), cpu.project(W, reference.pairs(V)), V, cpu.wy_factor(V)
 
 
 @pytest.mark.parametrize("K, N, r", [(123, 77, 7), (96, 64, 8), (64, 37, 16)])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_strides_do_not_change_a_bit_of_the_gradients_of_rotated_linear(level, dtype, K, N, r):
-    dy, x, W, P, V, T = exact_product(33, K, N, r, dtype)
-    plain = cpu.rotated_linear_backward(dy, x, W, P, V, T, (True, True))
+    dy, x, W, P, B, V, T = exact_product(33, K, N, r, dtype)
+    plain = cpu.rotated_linear_backward(dy, x, W, P, B, V, T, (True, True))
     W_forms = [form[:N] for _, form in strided_forms(torch.cat((W, W[: -N % 3])))][:4]
     # torch's own bfloat16 product reads one element beyond a strided row of odd length, times zero: 7 and not NaN.
     for i, ((_, dy_form), (_, x_form)) in enumerate(zip(strided_forms(dy, 7), strided_forms(x), strict=True)):
-        forms = cpu.rotated_linear_backward(dy_form, x_form, W_forms[i % 4], P, V, T, (True, True))
+        forms = cpu.rotated_linear_backward(dy_form, x_form, W_forms[i % 4], P, B, V, T, (True, True))
         assert forms[0].shape == x_form.shape
         assert all(torch.equal(f.reshape(g.shape), g) for f, g in zip(forms, plain, strict=True))
-    one_row = cpu.rotated_linear_backward(dy[:1].expand(33, N), x, W, P, V, T, (True, True))
-    copied = cpu.rotated_linear_backward(dy[:1].repeat(33, 1), x, W, P, V, T, (True, True))
+    one_row = cpu.rotated_linear_backward(dy[:1].expand(33, N), x, W, P, B, V, T, (True, True))
+    copied = cpu.rotated_linear_backward(dy[:1].repeat(33, 1), x, W, P, B, V, T, (True, True))
     assert all(torch.equal(f, g) for f, g in zip(one_row, copied, strict=True))
 
 
@@ -363,7 +365,7 @@ def test_rotated_linear_keeps_small_updates(level, dtype, gap, M):
     T = cpu.wy_factor(V)
     base = x.double() @ W.double().mT
     update = exact_rotation(x, x, V, T, False)[0][0] @ W.double().mT - base
-    y = cpu.rotated_linear(x, W, None, V, T)[0].double()
+    y = cpu.rotated_linear(x, W, None, V, T, False)[0].double()
     gain = float(((y - base) * update).sum() / update.square().sum())
     # The output's own rounding, unbiased, is left: its share of the gain averages out over M * 512 elements.
     noise = torch.finfo(dtype).eps * float(base.norm() / update.norm()) / (M * 512) ** 0.5
@@ -380,7 +382,7 @@ def test_two_runs_and_any_number_of_threads_give_the_same_bits(level, dtype, thr
         z, P = cpu.rotate(x, V, T, False)
         gradients = cpu.rotate_backward(dz, x, P, V, T, False, (True, True))
         dP = cpu.project_backward(P, x, V, (True, True))
-        linear = cpu.rotated_linear(x[:3], W, None, V, T)
+        linear = cpu.rotated_linear(x[:3], W, None, V, T, True)
         return (T, z, P, *gradients, *dP, *linear, cpu.wy_factor_backward(gradients[2], V, T))
 
     threads(1)

@@ -29,14 +29,14 @@ def problem(M, K, N, r, dtype):
     W, dy = (torch.randn(N, K) / K**0.5).to(dtype), torch.randn(M, N).to(dtype)
     V = torch.randn(K, r, dtype=working)
     T, P, one = reference.wy_factor(V).contiguous(), x.to(working) @ V, torch.ones((), dtype=working)
-    both = (True, True)
+    both, B = (True, True), W[: N if dtype.itemsize == 2 else 0].to(working) @ reference.pairs(V)
     return {
         "wy_factor": (V,),
         "wy_factor_backward": (torch.randn(r, r, dtype=torch.float64), V, T),
         "rotate": (x, V, T, False),
         "rotate_backward": (dz, x, P, V, T, False, both),
-        "rotated_linear": (x, W, None, V, T),
-        "rotated_linear_backward": (dy, x, W, P, V, T, both),
+        "rotated_linear": (x, W, None, V, T, True),
+        "rotated_linear_backward": (dy, x, W, P, B, V, T, both),
         "project": (x, V),
         "project_backward": (P, x, V, both),
         "orthogonality_penalty": (V, True),
@@ -86,6 +86,8 @@ def test_each_operation_is_as_accurate_as_the_reference_in_its_dtype(M, K, N, r,
     formula = getattr(reference, op)
     exact, plain = formula(*(t.double() if isinstance(t, torch.Tensor) else t for t in args)), formula(*args)
     exact, plain = (t if isinstance(t, tuple) else (t,) for t in (exact, plain))
+    if op == "rotated_linear" and dtype.itemsize == 2:
+        exact = (*exact[:2], args[1].double() @ reference.pairs(args[3].double()))
     seen = run(op, args)[0]
     assert [(t.shape, t.dtype) for t in seen] == [(t.shape, t.dtype) for t in plain]
     if dtype is torch.float64:

@@ -111,7 +111,7 @@ def test_unwanted_outputs_of_a_backward_are_empty(backend):
     half, weight = x.bfloat16(), torch.randn(5, 11).bfloat16()
     dy = torch.randn(6, 5).bfloat16()
     shapes = [
-        [tuple(t.shape) for t in torch.ops.peftkern.rotated_linear_backward(dy, half, weight, P, V, T, mask)]
+        [tuple(t.shape) for t in torch.ops.peftkern.rotated_linear_backward(dy, half, weight, P, P[:5], V, T, mask)]
         for mask in ([True, False], [False, True], [False, False])
     ]
     assert shapes == [[(6, 11), (0,), (0,)], [(0,), (11, 3), (3, 3)], [(0,), (0,), (0,)]]
@@ -145,12 +145,14 @@ def saved_by(function, *leaves):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("precision", ("fast", "exact"))
 def test_saved_for_backward_is_x_and_skinny_matrices(backend, precision, dtype, frozen_x):
-    """Beyond x, W and u themselves (and in `fast` nothing of W): the projection [M, r], T and at most one copy of u."""
+    """Beyond x, W and u themselves (and in `fast` nothing of W): x V [M, r], T, at most one copy of u and, where the
+    product is exact in half precision, W Vp [N, r]."""
     M, K, N, r = 96, 256, 320, 8
     x, weight = torch.randn(M, K).to(dtype).requires_grad_(not frozen_x), torch.randn(N, K).to(dtype)
     u = torch.randn(K, r, requires_grad=True)
     kept, nodes = saved_by(lambda: peftkern.hra_linear(x, weight, None, u, precision=precision), x, weight, u)
-    assert sum(kept.values()) <= 4 * M * r + 8 * r * r + 4 * K * r
+    of_weight = 4 * N * r if precision == "exact" and dtype is torch.bfloat16 else 0
+    assert sum(kept.values()) <= 4 * M * r + 8 * r * r + 4 * K * r + of_weight
     assert any(type(node).__name__ in ("ReflectBackward", "ReflectedLinearBackward") for node in nodes)
     for node in nodes:
         hidden = [name for name, value in getattr(node, "__dict__", {}).items() if isinstance(value, torch.Tensor)]

@@ -208,9 +208,9 @@ def test_the_number_of_threads_changes_no_bit(backend, dtype):
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             T = torch.ops.peftkern.wy_factor(u)
-            _, P = torch.ops.peftkern.rotated_linear(x, weight, None, u, T)
-            _, dV, dT = torch.ops.peftkern.rotated_linear_backward(dy, x, weight, P, u, T, [True, True])
-            results.append((*run(x, u, dz), T, P, dV, dT))
+            _, P, B = torch.ops.peftkern.rotated_linear(x, weight, None, u, T, True)
+            _, dV, dT = torch.ops.peftkern.rotated_linear_backward(dy, x, weight, P, B, u, T, [True, True])
+            results.append((*run(x, u, dz), T, P, B, dV, dT))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:

@@ -52,13 +52,14 @@ def arguments(op, dtype, M, K, N, r):
     W, V = (torch.randn(N, K) / K**0.5).to(dtype), torch.randn(K, r) / K**0.5
     T, both = reference.wy_factor(V), (True, True)
     P, dT = reference.project(x, V), torch.randn(r, r, dtype=torch.float64)
+    B = reference.project(W[: N if dtype.itemsize == 2 else 0], reference.pairs(V))
     return {
         "wy_factor": (V,),
         "wy_factor_backward": (dT, V, T),
         "rotate": (x, V, T, False),
         "rotate_backward": (dz, x, P, V, T, False, both),
-        "rotated_linear": (x, W, None, V, T),
-        "rotated_linear_backward": (dy, x, W, P, V, T, both),
+        "rotated_linear": (x, W, None, V, T, True),
+        "rotated_linear_backward": (dy, x, W, P, B, V, T, both),
         "project": (x, V),
         "project_backward": (torch.randn(M, r), x, V, both),
         "orthogonality_penalty": (V, True),
