@@ -16,6 +16,7 @@ from peftkern.ops._costs import Launch
 
 LIBRARY = "library: "
 PRECISIONS = ("fast", "exact")
+PRODUCTS = ("x W^T", "dy W")
 _OPS = "peftkern.ops."
 
 
@@ -41,7 +42,7 @@ def elementwise(name: str, read: int, written: int) -> Launch:
 def frozen(case: Case) -> list[Launch]:
     """The floor: y = x W^T and dx = dy W."""
     M, N, K = case.tokens, case.width_out, case.width_in
-    return [product(M, N, K, case.base_dtype, "x W^T"), product(M, K, N, case.base_dtype, "dy W")]
+    return [product(M, N, K, case.base_dtype, PRODUCTS[0]), product(M, K, N, case.base_dtype, PRODUCTS[1])]
 
 
 # ---- what the package states of an operation
@@ -93,8 +94,9 @@ class Kind:
     """A kind of layer.
 
     factor: operations that make what rotates the rows from the parameters, and their gradients. rows: by precision, the
-    operations on rows. parameters: what is trained, by name, in numbers. shared: numbers of what two operations of the
-    forward take, whose gradients autograd adds. scales: the output is multiplied by a trained scale.
+    operations on rows, and the frozen layer's products where no operation contains them. parameters: what is trained,
+    by name, in numbers. shared: numbers of what two operations of the forward take, whose gradients are added. scales:
+    the output is multiplied by a trained scale.
     """
 
     factor: tuple[str, str]
@@ -120,7 +122,10 @@ def _butterfly(case: Case) -> dict[str, int]:
     return {"boft_R": case.factors * case.width_in * case.r, "boft_s": case.width_out}
 
 
-_HRA_ROWS = {"fast": ("rotate", "rotate_backward"), "exact": ("rotated_linear", "rotated_linear_backward")}
+_HRA_ROWS = {
+    "fast": ("rotate", *PRODUCTS, "rotate_backward"),
+    "exact": ("rotated_linear", "rotated_linear_backward"),
+}
 KINDS = {
     # V has two consumers, the rows and the factor.
     "linear": Kind(("wy_factor", "wy_factor_backward"), _HRA_ROWS, _u, _V),
@@ -128,7 +133,7 @@ KINDS = {
     "oft": Kind(
         ("skew_polynomial", "skew_polynomial_backward"),
         {
-            "fast": ("block_rotate", "block_rotate_backward"),
+            "fast": ("block_rotate", PRODUCTS[0], "block_rotated_linear_backward"),
             "exact": ("block_rotated_linear", "block_rotated_linear_backward"),
         },
         _q,
@@ -136,7 +141,7 @@ KINDS = {
     "boft": Kind(
         ("dense_cayley", "dense_cayley_backward"),
         {
-            "fast": ("butterfly_rotate", "scale_outputs", "scale_outputs_backward", "butterfly_rotate_backward"),
+            "fast": ("butterfly_rotate", PRODUCTS[0], "scale_outputs", "butterfly_rotated_linear_backward"),
             "exact": ("butterfly_rotated_linear", "butterfly_rotated_linear_backward"),
         },
         _butterfly,
@@ -156,17 +161,14 @@ def _autograd(case: Case, kind: Kind) -> list[Launch]:
 
 
 def layer(case: Case, backend: str, precision: str, family: str) -> dict[str, list[Launch]]:
-    """Launches of one layer's forward and backward, by operation. Raises NoCosts.
-
-    `fast` calls the frozen layer on the rotated rows; `exact` contains the frozen layer's products.
-    """
+    """Launches of one layer's forward and backward, by operation. Raises NoCosts."""
     if precision == "exact" and not case.half:
         raise NoCosts("in fp32 exact is fast")
     kind = KINDS[case.kind]
-    names = (kind.factor[0], *kind.rows[precision], kind.factor[1])
-    parts = {name: launches_of(name, backend, case, family) for name in names}
-    if precision == "fast":
-        parts["frozen layer"] = frozen(case)
+    products = {name: [launch] for name, launch in zip(PRODUCTS, frozen(case), strict=True)}
+    parts = {}
+    for name in (kind.factor[0], *kind.rows[precision], kind.factor[1]):
+        parts[name] = products[name] if name in products else launches_of(name, backend, case, family)
     parts["autograd"] = _autograd(case, kind)
     return parts
 

@@ -85,10 +85,8 @@ def test_a_scaled_output_is_ten_passes_at_least():
 @pytest.mark.parametrize("kind", layers.KINDS)
 @pytest.mark.parametrize("precision", layers.PRECISIONS)
 def test_a_layer_of_each_kind_is_made_of_operations_that_exist(kind, precision):
-    factor = layers.KINDS[kind].factor
-    names = {*factor, *layers.KINDS[kind].rows[precision]}
-    assert names <= set(dispatch.operations())
-    assert all(f"{name}_backward" in names for name in names if not name.endswith("_backward"))
+    names = {*layers.KINDS[kind].factor, *layers.KINDS[kind].rows[precision]}
+    assert names <= {*dispatch.operations(), *layers.PRODUCTS}
 
 
 def test_the_sizes_of_a_layer_reach_the_costs_by_their_names(monkeypatch):
@@ -214,6 +212,23 @@ def test_no_layer_is_faster_than_its_frozen_layer():
             for found in model.layers_of(card, rates):
                 assert found.added > 0, (card.name, rates.name, found.case.id, found.backend, found.precision)
                 assert found.total.seconds == pytest.approx(sum(part.seconds for part in found.parts.values()))
+
+
+@pytest.mark.parametrize("kind", layers.KINDS)
+@pytest.mark.parametrize("backend", model.BACKENDS)
+def test_fast_multiplies_by_the_weight_as_often_as_the_frozen_layer(kind, backend):
+    case = next(case for case in model.CASES if case.kind == kind)
+    try:
+        parts = layers.layer(case, backend, "fast", "sm90")
+    except NoCosts as reason:
+        pytest.skip(str(reason))
+
+    def products(launches):
+        return [launch.flops for launch in launches if launch.kernel.startswith(layers.LIBRARY) and launch.flops]
+
+    everything = products(launch for launches in parts.values() for launch in launches)
+    weight = products(layers.frozen(case))
+    assert [flops for flops in everything if flops == weight[0]] == weight
 
 
 # ---- what is shown
