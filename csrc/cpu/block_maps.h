@@ -1,5 +1,6 @@
 // The small blocks themselves: polynomials of packed skew matrices, the Cayley map, and their gradients.
-// Compiled once per instruction set; one block at a time and thread, products by block_tiles.h.
+// Compiled once per instruction set; one block at a time and thread, products by block_tiles.h, or, for the Cayley map
+// of small blocks, a block in each lane of a vector.
 // The polynomial runs in its dtype; the Cayley map in fp64: I + A has a positive definite symmetric part, so every
 // pivot is at least 1 and Gauss-Jordan needs no exchange of rows.
 #pragma once
@@ -98,35 +99,28 @@ void polynomial(const SmallBatch& q, const double* c, int count, C* R, int threa
   });
 }
 
-// With R = X_0, X_k = c_k I + Q X_(k+1): dQ = sum_k dX_k X_(k+1)^T, dX_(k+1) = Q^T dX_k = -Q dX_k.
+// dQ = sum over i, j of c_(i+j+1) N^i dR N^j with N = Q^T = -Q: Y_i = N^i dR, then Horner's rule in N from the right on
+// Z_j = sum_i c_(i+j+1) Y_i.
 template <class C>
 void polynomial_backward(const C* dR, const SmallBatch& q, const double* c, int count, C* dq, int threads) {
   int b = q.b, d = count - 1;
-  for_blocks<C>(q.S, b, 5 + (d > 1 ? d - 1 : 0), threads, [&](int64_t j, C* A, int64_t bp, int64_t size) {
-    C *dA = A + size, *dX = dA + size, *other = dX + size, *product = other + size, *X = product + size;
-    read_skew<C>(q, j, A, bp);
-    // X holds X_(d-1), X_(d-2), ..., X_1.
-    if (d > 1) horner_start(A, c, d, b, bp, X);
-    for (int k = d - 2; k >= 1; k--) horner_step(A, X + (d - 2 - k) * size, C(c[k]), b, bp, X + (d - 1 - k) * size);
-    memset(dA, 0, size * sizeof(C));
-    memset(dX, 0, size * sizeof(C));
-    for (int i = 0; i < b; i++) memcpy(dX + i * bp, dR + (j * b + i) * b, b * sizeof(C));
-    for (int k = 0; k < d; k++) {
-      if (k == d - 1) {
-        for (int64_t i = 0; i < size; i++) dA[i] += C(c[d]) * dX[i];
-        break;
+  for_blocks<C>(q.S, b, 3 + (d > 0 ? d : 1), threads, [&](int64_t j, C* N, int64_t bp, int64_t size) {
+    using V = Vec<C>;
+    C *sum = N + size, *other = sum + size, *Y = other + size;
+    read_skew<C>(q, j, N, bp);
+    for (int64_t i = 0; i < size; i++) N[i] = -N[i];
+    memset(sum, 0, 3 * size * sizeof(C));
+    for (int i = 0; i < b; i++) memcpy(Y + i * bp, dR + (j * b + i) * b, b * sizeof(C));
+    for (int i = 1; i < d; i++) multiply_block(whole<C>(N, bp, b), b, b, Y + (i - 1) * size, bp, Y + i * size, bp);
+    for (int k = d - 1; k >= 0; k--) {
+      if (k < d - 1) multiply_block(whole<C>(sum, bp, b), b, b, N, bp, other, bp);
+      for (int64_t e = 0; e < size; e += V::W) {
+        typename V::type z = V::load(other + e);
+        for (int i = 0; i + k < d; i++) z += V::splat(C(c[i + k + 1])) * V::load(Y + i * size + e);
+        V::store(sum + e, z);
       }
-      // X_(k+1)^T in `other`, which the next dX overwrites.
-      const C* next = X + (d - 2 - k) * size;
-      memset(other, 0, size * sizeof(C));
-      for (int i = 0; i < b; i++)
-        for (int l = 0; l < b; l++) other[l * bp + i] = next[i * bp + l];
-      multiply_block(whole<C>(dX, bp, b), b, b, other, bp, product, bp);
-      for (int64_t i = 0; i < size; i++) dA[i] += product[i];
-      multiply_block(whole<C>(A, bp, b), b, b, dX, bp, other, bp);
-      for (int64_t i = 0; i < size; i++) dX[i] = -other[i];
     }
-    write_skew_gradient(dA, bp, b, true, j, dq);
+    write_skew_gradient(sum, bp, b, true, j, dq);
   });
 }
 
@@ -148,10 +142,69 @@ inline void invert_in_place(double* X, int b, int64_t bp) {
   }
 }
 
+// Small blocks side by side, one in each lane of a vector: X [b][b] of vectors -> X^-1.
+inline void invert_lanes(double* X, int b) {
+  using V = Vec<double>;
+  constexpr int W = V::W;
+  for (int k = 0; k < b; k++) {
+    double* pivot_row = X + k * b * W;
+    V::type inverse = 1 / V::load(pivot_row + k * W);
+    V::store(pivot_row + k * W, V::splat(1));
+    for (int c = 0; c < b; c++) V::store(pivot_row + c * W, V::load(pivot_row + c * W) * inverse);
+    for (int i = 0; i < b; i++) {
+      if (i == k) continue;
+      double* row = X + i * b * W;
+      V::type factor = V::load(row + k * W);
+      V::store(row + k * W, V::type{});
+      for (int c = 0; c < b; c++) V::store(row + c * W, V::load(row + c * W) - factor * V::load(pivot_row + c * W));
+    }
+  }
+}
+
+constexpr int kLaneBlock = 16;  // blocks up to here are side by side in vectors
+
+// R = 2 (I + A)^-1 - I for blocks j0 to j0 + lanes - 1.
+template <class C>
+void cayley_lanes(const SmallBatch& a, int64_t j0, int lanes, C* R) {
+  using V = Vec<double>;
+  constexpr int W = V::W;
+  int b = a.b;
+  alignas(64) double X[kLaneBlock * kLaneBlock * W];
+  int64_t stride = a.packed ? packed_size(b) : int64_t(b) * b;
+  const C* src = static_cast<const C*>(a.data) + j0 * stride;
+  // Lanes without a block hold I.
+  for (int i = 0, packed = 0; i < b; i++) {
+    V::store(X + i * (b + 1) * W, V::splat(1));
+    for (int c = i + 1; c < b; c++, packed++) {
+      double *upper = X + (i * b + c) * W, *lower = X + (c * b + i) * W;
+      for (int l = 0; l < W; l++) upper[l] = 0;
+      for (int l = 0; l < lanes; l++) {
+        const C* block = src + l * stride;
+        upper[l] = a.packed ? double(block[packed]) : (double(block[i * b + c]) - double(block[c * b + i])) / 2;
+      }
+      V::store(lower, -V::load(upper));
+    }
+  }
+  invert_lanes(X, b);
+  for (int l = 0; l < lanes; l++) {
+    C* out = R + (j0 + l) * b * b;
+    for (int i = 0; i < b; i++)
+      for (int c = 0; c < b; c++) *out++ = C(2 * X[(i * b + c) * W + l] - (i == c));
+  }
+}
+
 // R = 2 (I + A)^-1 - I.
 template <class C>
 void cayley(const SmallBatch& a, C* R, int threads) {
   int b = a.b;
+  if (b <= kLaneBlock) {
+    constexpr int W = Vec<double>::W;
+    int64_t groups = ceil_div(a.S, W);
+    threads = useful_threads(threads, groups, a.S * b * b * b);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t g = 0; g < groups; g++) cayley_lanes(a, g * W, min_int(W, a.S - g * W), R);
+    return;
+  }
   for_blocks<double>(a.S, b, 1, threads, [&](int64_t j, double* X, int64_t bp, int64_t) {
     read_skew<C>(a, j, X, bp);
     add_identity(X, bp, b, 1.0);
