@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(kSide* kSide) skew_polynomial_backward_kernel(
 template <int kSide, int kTile>
 __global__ void __launch_bounds__(kSide* kSide) cayley_kernel(const __grid_constant__ BlockMap a) {
   using M = Matrix<double, kSide, kTile>;
-  __shared__ double rows[2][M::kRows], columns[2][M::kRows];
+  __shared__ double rows[2][M::kRows], columns[2][M::kRows], inverses[2];
   const int y = M::y(), x = M::x();
   M R;
   extern __shared__ __align__(16) char shared[];
@@ -202,8 +202,9 @@ __global__ void __launch_bounds__(kSide* kSide) cayley_kernel(const __grid_const
         if (y == side) rows[turn][x + kSide * i] = R.at[p][i];
         if (x == side) columns[turn][y + kSide * i] = R.at[i][p];
       }
+      if (y == side && x == side) inverses[turn] = 1 / R.at[p][p];
       __syncthreads();
-      const double inverse = 1 / rows[turn][pivot];
+      const double inverse = inverses[turn];
       R.fill(a.b, [&](int row, int column, double v) {
         if (row == pivot) return column == pivot ? inverse : rows[turn][column] * inverse;
         const double factor = columns[turn][row] * inverse;
@@ -254,7 +255,7 @@ static int run_map(const BlockMap& a, bool backward, void* stream) {
 }
 
 static int run_map(const BlockMap& a, bool backward, void* stream) {
-  if (a.S == 0 || a.terms > kMaxTerms || a.b > kMaxGroup) return a.S == 0 ? 0 : int(cudaErrorInvalidValue);
+  if (a.S == 0 || a.terms > kMaxTerms || a.b > kMaxBlock) return a.S == 0 ? 0 : int(cudaErrorInvalidValue);
   return a.b <= 8    ? run_map<8, 1>(a, backward, stream)
          : a.b <= 16 ? run_map<16, 1>(a, backward, stream)
          : a.b <= 32 ? run_map<16, 2>(a, backward, stream)

@@ -1,10 +1,10 @@
 // Rows times a dense block-diagonal matrix on tensor cores: operands of a tile of rows in shared memory and of the
 // blocks, and their products.
 //
-// A panel is 64 columns of shared memory, blocks padded with zeros to P of them; a slice is 32. Each warp makes one
-// slice of z, so it needs only blocks that touch it, as the right operand, in registers. Half-precision rows are exact
-// in one term, blocks are two: high high + high low, to 2^-17 (bfloat16) or 2^-22. In float32 both are two terms of
-// tf32, and every sum leaves the tensor core, which cuts its sums towards zero, after 16 terms.
+// A panel is 64 or 128 columns of shared memory, blocks padded with zeros to P of them; a slice is 32. Each warp makes
+// one slice of z, so it needs only blocks that touch it, as the right operand, in registers. Half-precision rows are
+// exact in one term, blocks are two: high high + high low, to 2^-17 (bfloat16) or 2^-22. In float32 both are two terms
+// of tf32, and every sum leaves the tensor core, which cuts its sums towards zero, after 16 terms.
 #pragma once
 
 #include "cuda/warp.cuh"
@@ -47,11 +47,14 @@ __device__ inline void mma_split(float (&sum)[4], const uint32_t (&high)[4], con
   mma_tf32(sum, high, b_high);
 }
 
-constexpr int kPanel = 64, kSlice = 32, kTileRows = 64;
+constexpr int kSlice = 32, kTileRows = 64;
+template <int P>
+constexpr int kPanelOf = P > 64 ? P : 64;
 
 template <typename X, int P>
 struct BlockTile {
   static constexpr bool kHalf = sizeof(X) == 2;
+  static constexpr int kPanel = kPanelOf<P>, kSlices = kPanel / kSlice, kThreads = 64 * kSlices;
   // Eight more than a panel: lanes meet no bank twice in ldmatrix, nor in pairs of float32 columns 2t of rows g, nor in
   // columns g of rows t.
   static constexpr int kStride = kPanel + 8;
@@ -159,16 +162,16 @@ struct BlockOperand {
   }
 };
 
-// Sums over rows of left^T right within blocks, for one of four warps (slice, half): rows `row(m)` of D in sixteens,
+// Sums over rows of left^T right within blocks, for one warp (slice, half): rows `row(m)` of D in sixteens,
 // columns `column(n)` in eights.
 template <typename X, int P>
 struct BlockOuter {
   using Tile = BlockTile<X, P>;
-  static constexpr int kM = P > kSlice ? 2 : 1, kN = P >= kSlice ? 4 : 2;
+  static constexpr int kM = P > kSlice ? P / kSlice : 1, kN = P >= kSlice ? 4 : 2;
   float total[kM][kN][4] = {};
 
   __device__ static int row(int slice, int half, int m) {
-    return P > kSlice ? 32 * half + 16 * m : kSlice * slice + 16 * half;
+    return P > kSlice ? P / 2 * half + 16 * m : kSlice * slice + 16 * half;
   }
   __device__ static int column(int slice, int half, int n) {
     return kSlice * slice + (P >= kSlice ? 0 : 16 * half) + 8 * n;

@@ -1,4 +1,4 @@
-// Rows times one dense matrix per group of G columns, up to 64 of them, in one launch:
+// Rows times one dense matrix per group of G columns, up to 64 of them (half precision: 128), in one launch:
 //   z = x D          [M, n G]     (times D^T when transposed), half precision or float32, D [n, G, G] float32
 //   dx = dz D^T, dD = x^T dz within groups, summed over a run of rows: partial [chunks, n, G, G] float32
 // A block rotation has D = R; the f stages of a butterfly are multiplied into one D by a small launch
@@ -6,13 +6,14 @@
 //
 // Launch: blocks of 4 warps, one per panel of 64 columns (groups padded to 8, 16, 32 or 64) and chunk of rows; 64 rows
 // at a time come through a ring of asynchronous copies. A warp keeps D of its 32 columns in registers, rotates half of
-// the rows and, backward, holds a quarter of the panel's dD.
+// the rows and, backward, holds a quarter of the panel's dD. Groups of more than 64 columns are padded to a panel of
+// 128 and 8 warps; D and dD together are too much for their registers, so dx and dD are two launches.
 //
-// Bytes: x once and z once, backward dz and x once and dx once; D twice per panel and chunk, mostly from L1; partial
-// sums 4 n G^2 per chunk, chunks as few as fill a large device. Least: 2 s M n G, backward 3 s M n G, and 4 n G^2 for D
-// and dD. Flops: 2 M n G P in two terms of half precision or three of tf32, backward as much again for dD, half
-// precision in one. Why CUDA C++: ldmatrix feeds one tile in shared memory to both products, as it lies and transposed,
-// and the blocks stay in registers over all rows.
+// Bytes: x once and z once, backward dz and x once and dx once (dz twice beyond 64); D twice per panel and chunk,
+// mostly from L1; partial sums 4 n G^2 per chunk, chunks as few as fill a large device. Least: 2 s M n G, backward 3 s
+// M n G, and 4 n G^2 for D and dD. Flops: 2 M n G P in two terms of half precision or three of tf32, backward as much
+// again for dD, half precision in one. Why CUDA C++: ldmatrix feeds one tile in shared memory to both products, as it
+// lies and transposed, and the blocks stay in registers over all rows.
 #pragma once
 
 #include "cuda/block_mma.cuh"
@@ -21,20 +22,21 @@
 
 namespace peftkern::cuda {
 
-constexpr int kBlockThreads = 128;
-
-// 64 rows of a panel into shared memory by copies of kPiece bytes; what is no number of a group, or beyond `end`, is 0.
+// A tile of rows of a panel into shared memory by copies of kPiece bytes; what is no number of a group, or beyond
+// `end`, is 0.
 template <int kPiece, typename X, int P>
 __device__ inline void copy_panel(X* to, const void* rows, int64_t stride, int64_t row0, int64_t end, int n, int G) {
-  constexpr int kElements = kPiece / int(sizeof(X)), kPieces = kPanel / kElements, kRows = kBlockThreads / kPieces;
+  using Tile = BlockTile<X, P>;
+  constexpr int kElements = kPiece / int(sizeof(X)), kPieces = Tile::kPanel / kElements;
+  constexpr int kRows = Tile::kThreads / kPieces;  // that all threads copy at once
   const int row = threadIdx.x / kPieces, column = threadIdx.x % kPieces * kElements;
-  const int group = int(blockIdx.x) * (kPanel / P) + column / P, within = column % P;
+  const int group = int(blockIdx.x) * (kPanelOf<P> / P) + column / P, within = column % P;
   const X* base = static_cast<const X*>(rows);
   const X* from = base + (row0 + row) * stride + int64_t(group) * G + within;
   const int left = group < n && within < G ? int(min(end - row0, int64_t(kTileRows))) - row : 0;
-  to += row * BlockTile<X, P>::kStride + column;
+  to += row * Tile::kStride + column;
 #pragma unroll 4
-  for (int i = 0; i < kTileRows; i += kRows, from += kRows * stride, to += kRows * BlockTile<X, P>::kStride) {
+  for (int i = 0; i < kTileRows; i += kRows, from += kRows * stride, to += kRows * Tile::kStride) {
     const bool inside = i < left;
     if constexpr (kPiece == 16) {
       copy_async_16(to, inside ? from : base, inside ? 16 : 0);
@@ -76,7 +78,7 @@ __device__ inline void exchange(uint32_t (&v)[4], int t) {
 template <typename X, int P>
 __device__ inline void store_row(X* to, const float (&z)[4][2], int first_column, int t, const BlockRows& a) {
   const auto place = [&](int column) {
-    const int group = int(blockIdx.x) * (kPanel / P) + column / P;
+    const int group = int(blockIdx.x) * (kPanelOf<P> / P) + column / P;
     return to != nullptr && group < a.n && column % P < a.G ? to + int64_t(group) * a.G + column % P : nullptr;
   };
   if constexpr (sizeof(X) == 2) {
@@ -121,13 +123,14 @@ __device__ inline void store_row(X* to, const float (&z)[4][2], int first_column
 template <typename X, int P>
 __device__ inline void rotate_tile(const BlockOperand<X, P>& D, const X* rows, int64_t row0, int64_t end,
                                    const BlockRows& a) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, slice = warp % 2, half = warp / 2;
+  using Tile = BlockTile<X, P>;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, slice = warp % Tile::kSlices, half = warp / Tile::kSlices;
   const int64_t width = int64_t(a.n) * a.G;
 #pragma unroll 1
   for (int m = 0; m < 2; m++) {
     const int first = 32 * half + 16 * m;
     float z[4][4] = {};
-    D.rotate(rows + first * BlockTile<X, P>::kStride, slice, lane, z);
+    D.rotate(rows + first * Tile::kStride, slice, lane, z);
 #pragma unroll
     for (int lower = 0; lower < 2; lower++) {
       const int64_t row = row0 + first + 8 * lower + lane / 4;
@@ -153,7 +156,7 @@ __device__ inline void rotate_tile(const BlockOperand<X, P>& D, const X* rows, i
 
 template <typename X, int P>
 __device__ inline void load_operand(BlockOperand<X, P>& D, const BlockRows& a) {
-  const int first = int(blockIdx.x) * (kPanel / P);
+  const int first = int(blockIdx.x) * (kPanelOf<P> / P);
   D.load(
       [&](int k, int n) {
         const int group = first + n / P, row = k % P, column = n % P;
@@ -166,14 +169,14 @@ __device__ inline void load_operand(BlockOperand<X, P>& D, const BlockRows& a) {
         if (row + 1 < a.G) v.y = at[a.transpose ? 1 : a.G];
         return v;
       },
-      threadIdx.x / 32 % 2, threadIdx.x % 32);
+      threadIdx.x / 32 % BlockTile<X, P>::kSlices, threadIdx.x % 32);
 }
 
 template <typename X>
 constexpr int kForwardStages = sizeof(X) == 2 ? 4 : 3;
 
 template <typename X, int P>
-__global__ void __launch_bounds__(kBlockThreads) block_rotate_kernel(const __grid_constant__ BlockRows a) {
+__global__ void __launch_bounds__(BlockTile<X, P>::kThreads) block_rotate_kernel(const __grid_constant__ BlockRows a) {
   using Tile = BlockTile<X, P>;
   constexpr int kStages = kForwardStages<X>;
   extern __shared__ __align__(16) char shared[];
@@ -200,17 +203,20 @@ __global__ void __launch_bounds__(kBlockThreads) block_rotate_kernel(const __gri
   }
 }
 
-template <typename X>
-constexpr int kBackwardStages = sizeof(X) == 2 ? 3 : 2;
+template <typename X, int P>
+constexpr int kBackwardStages = sizeof(X) == 2 && P <= 64 ? 3 : 2;
+template <int P>
+constexpr bool kRotates = P <= 64;
 
 template <typename X, int P>
-__global__ void __launch_bounds__(kBlockThreads) block_rotate_backward_kernel(const __grid_constant__ BlockRows a) {
+__global__ void __launch_bounds__(BlockTile<X, P>::kThreads)
+    block_rotate_backward_kernel(const __grid_constant__ BlockRows a) {
   using Tile = BlockTile<X, P>;
   using Outer = BlockOuter<X, P>;
-  constexpr int kStages = kBackwardStages<X>, kElements = kTileRows * Tile::kStride;
+  constexpr int kStages = kBackwardStages<X, P>, kElements = kTileRows * Tile::kStride;
   extern __shared__ __align__(16) char shared[];
   X* ring = reinterpret_cast<X*>(shared);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, slice = warp % 2, half = warp / 2;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, slice = warp % Tile::kSlices, half = warp / Tile::kSlices;
   const int64_t begin = int64_t(blockIdx.y) * a.chunk_rows, end = min(begin + a.chunk_rows, a.M);
   const int steps = int((end - begin + kTileRows - 1) / kTileRows);
   const auto fetch = [&](int step) {
@@ -224,18 +230,23 @@ __global__ void __launch_bounds__(kBlockThreads) block_rotate_backward_kernel(co
   };
 #pragma unroll 1
   for (int step = 0; step < kStages - 1; step++) fetch(step);
-  BlockOperand<X, P> D;
-  if (a.z != nullptr) load_operand(D, a);
+  // What D does not leave registers for is another launch.
+  BlockOperand<X, kRotates<P> ? P : 8> D;
+  if constexpr (kRotates<P>) {
+    if (a.z != nullptr) load_operand(D, a);
+  }
   Outer sums;
   for (int step = 0; step < steps; step++) {
     copy_wait<kStages - 2>();
     __syncthreads();
     fetch(step + kStages - 1);
     const X *rows = ring + step % kStages * (2 * kElements), *saved = rows + kElements;
-    if (a.z != nullptr) rotate_tile<X, P>(D, rows, begin + int64_t(step) * kTileRows, end, a);
+    if constexpr (kRotates<P>) {
+      if (a.z != nullptr) rotate_tile<X, P>(D, rows, begin + int64_t(step) * kTileRows, end, a);
+    }
     sums.add(a.transpose ? saved : rows, a.transpose ? rows : saved, slice, half, lane);
   }
-  const int first = int(blockIdx.x) * (kPanel / P), g = lane / 4, t = lane % 4;
+  const int first = int(blockIdx.x) * (kPanelOf<P> / P), g = lane / 4, t = lane % 4;
   float* out = a.partial + int64_t(blockIdx.y) * a.n * a.G * a.G;
 #pragma unroll
   for (int m = 0; m < Outer::kM; m++) {
@@ -260,23 +271,25 @@ __global__ void __launch_bounds__(kBlockThreads) block_rotate_backward_kernel(co
   }
 }
 
-constexpr int padded_group(int G) { return G <= 8 ? 8 : G <= 16 ? 16 : G <= 32 ? 32 : 64; }
-
 template <typename X, int P>
 static int launch_block_rows(const BlockRows& a, void* stream) {
+  using Tile = BlockTile<X, P>;
+  const dim3 grid((a.n * P + Tile::kPanel - 1) / Tile::kPanel, block_chunks(a.M, a.n, a.G));
   const bool backward = a.partial != nullptr;
-  const int panels = (a.n * P + kPanel - 1) / kPanel;
-  const dim3 grid(panels, block_chunks(a.M, a.n, a.G));
-  const int tiles = backward ? 2 * kBackwardStages<X> : kForwardStages<X>;
-  auto* kernel = backward ? block_rotate_backward_kernel<X, P> : block_rotate_kernel<X, P>;
-  return launch(kernel, grid, kBlockThreads, tiles * BlockTile<X, P>::kBytes, stream, a);
+  if (!backward || (!kRotates<P> && a.z != nullptr)) {
+    auto* kernel = block_rotate_kernel<X, P>;
+    const int status = launch(kernel, grid, Tile::kThreads, kForwardStages<X> * Tile::kBytes, stream, a);
+    if (status != cudaSuccess || !backward) return status;
+  }
+  auto* kernel = block_rotate_backward_kernel<X, P>;
+  return launch(kernel, grid, Tile::kThreads, 2 * kBackwardStages<X, P> * Tile::kBytes, stream, a);
 }
 
 template <typename X>
 static int launch_block_rows(BlockRows a, void* stream) {
   if (a.M == 0 || a.n == 0) return 0;
   const int chunks = block_chunks(a.M, a.n, a.G);
-  a.chunk_rows = ((a.M + kTileRows - 1) / kTileRows + chunks - 1) / chunks * kTileRows;
+  a.chunk_rows = ((a.M + 63) / 64 + chunks - 1) / chunks * 64;
   const auto piece = [&](const void* p, int64_t stride) {
     for (int bytes : {16, 4}) {
       const uintptr_t all = reinterpret_cast<uintptr_t>(p) | uint64_t(stride) * sizeof(X) | a.G * sizeof(X);
@@ -294,8 +307,12 @@ static int launch_block_rows(BlockRows a, void* stream) {
       return launch_block_rows<X, 16>(a, stream);
     case 32:
       return launch_block_rows<X, 32>(a, stream);
-    default:
+    case 64:
       return launch_block_rows<X, 64>(a, stream);
+    default:
+      // In float32 a matrix of 128 x 128 and its split do not fit the registers.
+      if constexpr (sizeof(X) == 2) return launch_block_rows<X, 128>(a, stream);
+      return cudaErrorInvalidValue;
   }
 }
 

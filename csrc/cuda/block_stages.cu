@@ -99,7 +99,8 @@ __global__ void __launch_bounds__(kStageThreads) butterfly_product_kernel(const 
 template <typename T>
 __global__ void __launch_bounds__(kStageThreads) butterfly_product_backward_kernel(const __grid_constant__ Stages a) {
   extern __shared__ __align__(16) char shared[];
-  constexpr int kMost = kMaxGroup * (kMaxGroup / 2) / kStageThreads;  // entries of dR per thread
+  constexpr int kGroup = sizeof(T) == 8 ? 64 : kMaxGroup;       // what fits the shared memory of every device
+  constexpr int kMost = kGroup * (kGroup / 2) / kStageThreads;  // entries of dR per thread
   const int G = a.b << (a.f - 1), group = blockIdx.x, stage = blockIdx.y, count = G * a.b;
   StageMemory<T> memory(reinterpret_cast<T*>(shared), G, a.b);
   const T* R = static_cast<const T*>(a.R) + int64_t(group) * count;
@@ -108,7 +109,7 @@ __global__ void __launch_bounds__(kStageThreads) butterfly_product_backward_kern
   for (int row0 = 0; row0 < G; row0 += kStageRows) {
     __syncthreads();
     const T* dD = static_cast<const T*>(a.dD) + (int64_t(group) * G + row0) * G;
-    int g = 0, u = 2;
+    int g = 0;
     for (int i = threadIdx.x; i < kStageRows * G; i += kStageThreads) {
       T total = 0;
       if (row0 + i / G < G) {
@@ -117,14 +118,18 @@ __global__ void __launch_bounds__(kStageThreads) butterfly_product_backward_kern
       }
       memory.tile(g)[i / G * (G + 1) + i % G] = total;
     }
-    memory.identity(memory.tile(u), row0);
     for (int s = 0; s < stage; s++, g ^= 1) {
       memory.load(R + s * stage_stride, true);
       memory.apply(memory.tile(g), memory.tile(g ^ 1), {a.b, s});
     }
-    for (int s = a.f - 1; s > stage; s--, u ^= 1) {
+    __syncthreads();
+    int u = g ^ 1, other = 2;
+    memory.identity(memory.tile(u), row0);
+    for (int s = a.f - 1; s > stage; s--) {
       memory.load(R + s * stage_stride, false);
-      memory.apply(memory.tile(u), memory.tile(u ^ 1), {a.b, s});
+      memory.apply(memory.tile(u), memory.tile(other), {a.b, s});
+      const int next = other;
+      other = u, u = next;
     }
     __syncthreads();
     const Stage at{a.b, stage};
@@ -149,7 +154,7 @@ __global__ void __launch_bounds__(kStageThreads) butterfly_product_backward_kern
 
 template <typename T>
 static int run_stages(const Stages& a, bool backward, void* stream) {
-  const int G = a.b << (a.f - 1), shared = StageMemory<T>::bytes(G, a.b, backward ? 4 : 2);
+  const int G = a.b << (a.f - 1), shared = StageMemory<T>::bytes(G, a.b, backward ? 3 : 2);
   if (a.n == 0) return 0;
   return backward ? launch(butterfly_product_backward_kernel<T>, dim3(a.n, a.f), kStageThreads, shared, stream, a)
                   : launch(butterfly_product_kernel<T>, dim3(a.n, (G + kStageRows - 1) / kStageRows), kStageThreads,
@@ -205,10 +210,14 @@ int block_sum(bool is_double, const void* partial, void* out, int64_t count, int
 }
 
 int block_chunks(int64_t M, int n, int G) {
-  // As many as fill a large device, but none of fewer than 128 rows, nor one without rows.
-  const int padded = G <= 8 ? 8 : G <= 16 ? 16 : G <= 32 ? 32 : 64;
-  const int64_t panels = (int64_t(n) * padded + 63) / 64, steps = (M + 63) / 64;
-  const int64_t fill = panels > 0 && kFill > panels ? kFill / panels : 1, most = (steps + 1) / 2;
+  // As many as a large device has blocks in flight, which registers bound: 4, 3 or 2 to a multiprocessor. None of fewer
+  // than 128 rows, nor one without rows.
+  const int padded = padded_group(G), panel = padded > 64 ? padded : 64,
+            resident = padded < 64    ? 4
+                       : padded == 64 ? 3
+                                      : 2;
+  const int64_t panels = (int64_t(n) * padded + panel - 1) / panel, steps = (M + 63) / 64, slots = kFill / 4 * resident;
+  const int64_t fill = panels > 0 && slots > panels ? slots / panels : 1, most = (steps + 1) / 2;
   const int64_t chunks = most < fill ? most : fill, each = chunks > 0 ? (steps + chunks - 1) / chunks : 1;
   return int((steps + each - 1) / each);
 }

@@ -9,8 +9,9 @@
 
 namespace peftkern::cuda {
 
-// Columns of one group: of a block, or of the 2^(f-1) blocks that f stages mix.
-constexpr int kMaxGroup = 64;
+// Columns of one group: of a block, or of the 2^(f-1) blocks that f stages mix. Half of it in float32 and float64.
+constexpr int kMaxGroup = 128;
+constexpr int padded_group(int G) { return G <= 8 ? 8 : G <= 16 ? 16 : G <= 32 ? 32 : G <= 64 ? 64 : 128; }
 
 // Rows of n groups of G columns times one dense matrix D per group; block_rows.cuh.
 struct BlockRows {
@@ -63,7 +64,7 @@ int stages_product(const Stages& args, void* stream);
 int stages_backward(const Stages& args, void* stream);
 
 // Rotations made of skew matrices of b x b, S of them; block_maps.cu.
-constexpr int kMaxTerms = 32;
+constexpr int kMaxTerms = 32, kMaxBlock = 64;
 struct BlockMap {
   bool is_double;
   bool packed;     // the parameter is q [S, b (b - 1) / 2] of Q, else B [S, b, b] of Q = (B - B^T) / 2

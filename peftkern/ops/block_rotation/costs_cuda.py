@@ -9,8 +9,8 @@ import torch
 
 from peftkern.ops._costs import Launch
 
-_FILL = 4 * 132
-_PANEL, _TILE_ROWS, _STAGE_ROWS = 64, 64, 32
+_DEVICE = 132  # multiprocessors of a large one
+_TILE_ROWS, _STAGE_ROWS = 64, 32
 _UNITS = {torch.bfloat16: "tensor_bf16", torch.float16: "tensor_fp16", torch.float32: "tensor_tf32"}
 
 
@@ -18,9 +18,9 @@ def over(a, b):
     return -(-a // b)
 
 
-def fewest(most, across, steps):
-    """Runs of at most `most` that fill a device with `across` blocks each, of as many steps each as it takes."""
-    chunks = min(most, max(1, _FILL // across))
+def fewest(most, across, steps, resident=4):
+    """Runs, at most `most`, of `across` blocks each that fill a device; of as many whole steps each as it takes."""
+    chunks = min(most, max(1, resident * _DEVICE // across))
     return over(steps, over(steps, chunks)) if chunks else 0
 
 
@@ -31,13 +31,14 @@ class Groups:
         self.dtype, self.size, self.b, self.f = dtype, dtype.itemsize, b, f
         self.G = b << (f - 1)
         self.n, self.shared = K // self.G, shared
-        self.padded = next(P for P in (8, 16, 32, 64) if self.G <= P)
-        self.panels = over(self.n * self.padded, _PANEL)
+        self.padded = next(P for P in (8, 16, 32, 64, 128) if self.G <= P)
+        self.panel = max(self.padded, 64)
+        self.panels = over(self.n * self.padded, self.panel)
         self.stored = 4 * (1 if shared else self.n) * self.G**2
 
     def chunks(self, M):
         steps = over(M, _TILE_ROWS)
-        return fewest((steps + 1) // 2, self.panels, steps)
+        return fewest((steps + 1) // 2, self.panels, steps, 4 if self.padded < 64 else 3 if self.padded == 64 else 2)
 
     def product(self):
         """The stages of a butterfly as one matrix per group."""
@@ -50,7 +51,7 @@ class Groups:
 
     def _products(self, M, terms, width):
         """Flops of M rows, in whole tiles, times padded matrices, of which `width` columns are made at once."""
-        return {_UNITS[self.dtype]: 2 * terms * over(M, _TILE_ROWS) * _TILE_ROWS * self.panels * _PANEL * width}
+        return {_UNITS[self.dtype]: 2 * terms * over(M, _TILE_ROWS) * _TILE_ROWS * self.panels * self.panel * width}
 
     def rotate(self, M, outputs=1):
         """z = x D, and what z lacks where there are two outputs."""
@@ -64,6 +65,8 @@ class Groups:
         want_dx, want_dR = mask
         if not want_dR:
             return self.rotate(M) if want_dx else []
+        if want_dx and self.padded > 64:
+            return [*self.rotate(M), *self.rotate_backward(M, (False, True))[len(self.product()) :]]
         n, G, chunks, rows = self.n, self.G, self.chunks(M), self.size * M * self.n * self.G
         unit = _UNITS[self.dtype]
         flops = self._products(M, 3 if self.size == 4 else 1, max(self.padded, 16))
@@ -114,7 +117,7 @@ def cayley(S, b, packed, backward=False):
     if backward:
         flops = {"fp64": S * (4 * n * n * b + n * min(n, 16) * b + 2 * n * n)}
         return Launch("cayley_backward_kernel", 2 * full, parameter, 2 * full + parameter, flops, S)
-    flops = {"fp64": S * (3 * b**3 + min(n, 16) ** 2 * b + 3 * b * b)}
+    flops = {"fp64": 3 * S * b**3}
     return Launch("cayley_kernel", parameter, full, parameter + full, flops, S)
 
 

@@ -13,7 +13,6 @@ from peftkern.ops._rows import CODES, HALF, like_rows, rows
 from peftkern.ops.block_rotation import reference
 from peftkern.ops.block_rotation.contract import block_size
 
-MAX_GROUP = 64
 _MAX_TERMS = 32
 
 
@@ -21,15 +20,24 @@ def available():
     return _cuda.available()
 
 
+def most_columns(rows_dtype):
+    """The greatest group of columns whose matrix fits the registers beside rows of this dtype."""
+    return 128 if rows_dtype in HALF else 64
+
+
 def supports(name, *args):
-    """`(ok, reason)` for one kind of call; b is bounded by the registers that hold a block."""
+    """`(ok, reason)` for one kind of call; b is bounded by registers, that of the maps by shared memory."""
     ok, reason = _cuda.serves(*args)
     if not ok:
         return ok, reason
-    b = _block_of[name](*args)
-    if b > MAX_GROUP:
-        return False, f"serves blocks of up to {MAX_GROUP}; this call has {b}"
+    b, most = _block_of[name](*args), most_columns(None if name.startswith("skew") else _x_of(args, name).dtype)
+    if b > most:
+        return False, f"serves blocks of up to {most} in this dtype; this call has {b}"
     return True, None
+
+
+def _x_of(args, name):
+    return args[1 if name.endswith("backward") else 0]
 
 
 _block_of = {

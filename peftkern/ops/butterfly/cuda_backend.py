@@ -20,10 +20,12 @@ def supports(name, *args):
     if not ok or name.startswith("scale_outputs"):
         return ok, reason
     R = args[_R_AT[name]]
-    f, b = (1 if name.startswith("dense_cayley") else R.shape[0]), R.shape[-1]
-    if b << (f - 1) > blocks.MAX_GROUP:
+    is_map = name.startswith("dense_cayley")
+    f, b = 1 if is_map else R.shape[0], R.shape[-1]
+    most = blocks.most_columns(None if is_map else args[1 if name.endswith("backward") else 0].dtype)
+    if b << (f - 1) > most:
         group = f"blocks of {b}" if f == 1 else f"{b << (f - 1)}, {f} stages of blocks of {b}"
-        return False, f"serves groups of up to {blocks.MAX_GROUP} columns; this call has {group}"
+        return False, f"serves groups of up to {most} columns in this dtype; this call has {group}"
     return True, None
 
 

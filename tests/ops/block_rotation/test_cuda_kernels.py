@@ -18,11 +18,21 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # number by number; one block for each width of the kernels.
 SHAPES = [(330, 192, 40, 64), (70, 120, 33, 24), (65, 96, 64, 12), (33, 85, 20, 17), (150, 99, 9, 3), (1, 64, 8, 32)]
 ALIGNED = [(300, 256, 64, 8), (192, 128, 64, 16), (200, 192, 64, 32), (300, 128, 64, 64)]
+# Groups of more than 64 columns: half precision, and no maps of single blocks.
+LARGE = [(330, 256, 64, 128), (65, 200, 24, 100)]
 OPS = (
     "skew_polynomial", "skew_polynomial_backward", "skew_cayley", "skew_cayley_backward", "block_rotate",
     "block_rotate_backward", "block_rotated_linear", "block_rotated_linear_backward",
 )  # fmt: skip
 ROW_OPS = ("block_rotate", "block_rotate_backward")
+LARGE_OPS = (*ROW_OPS, "block_rotated_linear", "block_rotated_linear_backward")
+
+
+def cases(shapes, dtypes, ops):
+    """(shape, dtype, op), and those of LARGE that are served."""
+    served = [(shape, dtype, op) for shape in shapes for dtype in dtypes for op in ops]
+    half = [dtype for dtype in dtypes if dtype.itemsize == 2]
+    return served + [(shape, dtype, op) for shape in LARGE for dtype in half for op in LARGE_OPS if op in ops]
 
 
 def problem(M, K, N, b, dtype, shared=False, transpose=False):
@@ -54,9 +64,7 @@ def as_tuple(result):
     return result if isinstance(result, tuple) else (result,)
 
 
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("dtype", (*DTYPES, torch.float64), ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape, dtype, op", cases(SHAPES, (*DTYPES, torch.float64), OPS), ids=str)
 def test_each_operation_is_as_accurate_as_the_reference_in_its_dtype(shape, dtype, op):
     M, K, _, b = shape
     args, formula = problem(*shape, dtype, shared=b == 12, transpose=b in (24, 3))[op], getattr(reference, op)
@@ -79,9 +87,9 @@ def test_no_bit_depends_on_the_order_of_threads_nor_on_when_copies_land(op, shap
             assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("shape", [*ALIGNED, (150, 120, 33, 24)], ids=str)
+@pytest.mark.parametrize(
+    "shape, dtype, op", cases([*ALIGNED, (150, 120, 33, 24)], (torch.float32, torch.bfloat16), OPS), ids=str
+)
 def test_bytes_and_flops_are_what_the_costs_say(shape, dtype, op):
     M, K, N, b = shape
     shared = b == 24
@@ -164,10 +172,12 @@ def test_more_terms_than_a_launch_takes_are_served_by_the_reference():
     assert oracle.error(seen, reference.skew_polynomial_backward(dR, q, terms)) < 1e-6
 
 
-def test_blocks_beyond_the_registers_are_refused_in_a_sentence():
-    x, R = torch.randn(3, 130), torch.randn(2, 65, 65)
+@pytest.mark.parametrize("dtype, most", ((torch.float32, 64), (torch.bfloat16, 128)), ids=str)
+def test_blocks_beyond_the_registers_are_refused_in_a_sentence(dtype, most):
+    b = most + 1
+    x, R = torch.randn(3, 2 * b).to(dtype), torch.randn(2, b, b)
     with cuda_on_cpu.cuda_on_cpu(), dispatch.use_backend("cuda"):
-        with pytest.raises(RuntimeError, match="serves blocks of up to 64; this call has 65"):
+        with pytest.raises(RuntimeError, match=f"serves blocks of up to {most} in this dtype; this call has {b}"):
             torch.ops.peftkern.block_rotate(x, R, False)
 
 
