@@ -16,12 +16,11 @@ _KINDS = {torch.bfloat16: "tensor_bf16", torch.float16: "tensor_fp16", torch.flo
 # Products of half-precision terms in x R, and in x^T dz.
 _ROTATED = {2: 2, 4: 6}
 _SUMMED = {2: 1, 4: 6}
-# Triton lays four and eight warps over a square product of 32 and 64 so that half of them repeat the other half.
-SQUARE = 2
 
 
-def _repeated(rows, columns):
-    return SQUARE if rows == columns < 128 else 1
+def repeated(rows, columns, warps):
+    """How often a square product is computed: Triton gives every warp 16 rows of it."""
+    return max(1, 16 * warps // rows) if rows == columns else 1
 
 
 def _flops(dtype, **products):
@@ -36,9 +35,9 @@ def rotate(family, dtype, M, K, b, shared=False, terms=1, written_size=None):
     """x R, written in `terms` terms."""
     s, tile = dtype.itemsize, tiles.tile(family, dtype, b)
     panels = _over(K, tile.width)
-    splits, _ = tiles.splits(family, panels, M, tile.rows)
+    splits, _ = tiles.splits(family, tile, panels, M)
     R, written = 4 * K * b, terms * M * K * (written_size or s)
-    square = 2 * panels * _padded(M, tile.rows) * tile.panel**2 * _repeated(tile.rows, tile.panel)
+    square = 2 * panels * _padded(M, tile.rows) * tile.panel**2 * repeated(tile.rows, tile.panel, tile.warps)
     flops = _flops(dtype, flops=_ROTATED[s] * square, flags=square * (tile.width > b))
     unique = M * K * s + (4 * b * b if shared else R) + written
     return Launch("rotate_kernel", M * K * s + splits * R, written, unique, flops, panels * splits)
@@ -51,23 +50,24 @@ def rotate_backward(family, dtype, M, K, b, shared=False, mask=None):
     panels = _over(K, tile.width)
     each = tiles.panels_per_program(panels) if shared else 1
     programs = _over(panels, each)
-    splits, _ = tiles.splits(family, programs, M, tile.rows)
+    splits, _ = tiles.splits(family, tile, programs, M)
     R = 4 * (programs * tile.width if shared else K) * b
     rows, partial = M * K * s, splits * R * want_dR
     read, written = rows * (1 + want_dR) + splits * R * want_dx, rows * want_dx + partial
     square = 2 * programs * each * _padded(M, tile.rows) * tile.panel**2
-    rotated = square * _repeated(tile.rows, tile.panel) * want_dx
-    summed = square * _repeated(tile.panel, tile.panel) * want_dR
+    rotated = square * repeated(tile.rows, tile.panel, tile.warps) * want_dx
+    # Beside a product of 16 rows, that of the rows' transpose is laid out well.
+    summed = square * (1 if tile.rows == 16 else repeated(tile.panel, tile.panel, tile.warps)) * want_dR
     flops = _flops(dtype, flops=_ROTATED[s] * rotated + _SUMMED[s] * summed, flags=rotated * (tile.width > b))
     unique = rows * (1 + want_dR) + (4 * b * b if shared else R) * want_dx + written
     return Launch("rotate_backward_kernel", read, written, unique, flops, programs * splits), partial // 4
 
 
 def _maps(K, b):
-    panel, width, _ = tiles.map_panel(b)
+    panel, width, warps = tiles.map_panel(b)
     panels = _over(K, width)
     # Six products of terms make up one of float32.
-    return panels, 6 * SQUARE * 2 * panels * panel**3
+    return panels, 6 * repeated(panel, panel, warps) * 2 * panels * panel**3
 
 
 def _polynomial(K, b, terms, backward):

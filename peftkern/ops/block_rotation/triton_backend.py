@@ -129,7 +129,7 @@ def rotate_to(x, R, transpose, terms, z, stride, step=0):
     (x_rows, x_stride), family = rows(x, K), _triton.family()
     tile = tiles.tile(family, x.dtype, R.shape[1])
     panels = _cdiv(K, tile.width)
-    splits, per_split = tiles.splits(family, panels, M, tile.rows)
+    splits, per_split = tiles.splits(family, tile, panels, M)
     with _triton.guard(x):
         _kernels().rotate_kernel[(panels, splits)](
             x_rows, R, z, M, K, x_stride, stride, step, per_split, R.shape[1], tile.width, tile.panel, tile.rows,
@@ -138,33 +138,23 @@ def rotate_to(x, R, transpose, terms, z, stride, step=0):
     return z
 
 
-def sums_of(x, R):
-    """How partial sums of dR are cut: (tile, panels per program, programs, splits, rows per split)."""
-    K, family, shared = x.shape[-1], _triton.family(), len(R) == 1
-    tile = tiles.tile(family, x.dtype, R.shape[1])
-    panels = _cdiv(K, tile.width)
-    each = tiles.panels_per_program(panels) if shared else 1
-    return (
-        tile,
-        each,
-        _cdiv(panels, each),
-        *tiles.splits(family, _cdiv(panels, each), x.numel() // K, tile.rows),
-    )
-
-
 def rotate_backward(dz, x, R, transpose, output_mask):
     """dx, and dR as partial sums [count, *R.shape], each None where it is not wanted."""
     (want_dx, want_dR), K, R = output_mask, x.shape[-1], R.contiguous()
     (x_rows, x_stride), (dz_rows, dz_stride), M = rows(x, K), rows(dz, K), x.numel() // K
-    tile, each, programs, splits, per_split = sums_of(x, R)
+    tile, shared = tiles.tile(_triton.family(), x.dtype, R.shape[1]), len(R) == 1
+    panels = _cdiv(K, tile.width)
+    each = tiles.panels_per_program(panels) if shared else 1
+    programs = _cdiv(panels, each)
+    splits, per_split = tiles.splits(_triton.family(), tile, programs, M)
     dx, partial = like_rows(x) if want_dx else None, None
     if want_dR:
-        count = splits * programs * (tile.width // R.shape[1]) if len(R) == 1 else splits
+        count = splits * programs * (tile.width // R.shape[1]) if shared else splits
         partial = R.new_empty(count, *R.shape)
     with _triton.guard(x):
         _kernels().rotate_backward_kernel[(programs, splits)](
             dz_rows, x_rows, R, dx if want_dx else x_rows, partial if want_dR else R, M, K, dz_stride, x_stride,
-            per_split, each, R.shape[1], tile.width, tile.panel, tile.rows, len(R) == 1, transpose, want_dx, want_dR,
+            per_split, each, R.shape[1], tile.width, tile.panel, tile.rows, shared, transpose, want_dx, want_dR,
             _aligned(K, dz_stride, x_stride), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return dx, partial

@@ -12,9 +12,6 @@ from peftkern.ops.householder import triton_tiles
 MAX_BLOCK = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 64, torch.float64: 64}
 PANEL = 32  # the least width of a panel: 64 bytes of a half-precision row
 
-# Programs for each multiprocessor: each reads its R, and a backward ends in partial sums.
-PROGRAMS = 4
-
 
 class Tile(NamedTuple):
     panel: int  # columns, padded to a power of two
@@ -22,30 +19,34 @@ class Tile(NamedTuple):
     rows: int
     warps: int
     stages: int
+    programs: int  # for each multiprocessor, at most: each reads its R, and a backward ends in partial sums of dR
 
 
 def tile(family, dtype, b):
     """The panel of blocks of b columns, and the rows of a step."""
     panel = max(PANEL, 1 << (b - 1).bit_length())
-    width = panel // b * b
+    width, programs = panel // b * b, 4 if panel < 64 else 2
     if dtype is torch.float64:
-        return Tile(panel, width, 16, 4 if panel < 64 else 8, 1)
+        return Tile(panel, width, 16, 4 if panel < 64 else 8, 1, programs)
     stages = 1 if family in ("gfx942", "generic") else 3
     if dtype is torch.float32:
         # Copied ahead, rows whose transpose is a factor would come in pieces of 4 bytes and with bank conflicts.
-        return Tile(panel, width, 32 if panel < 64 else 16, 4 if panel < 64 else 8, 1)
-    return Tile(panel, width, 128 if panel < 128 else 64, 4 if panel < 64 else 8, stages)
+        return Tile(panel, width, 32 if panel < 64 else 16, 4 if panel < 64 else 8, 1, programs)
+    # Rows for which R's terms, the products and the sum of dR fit the registers, two programs and more at a time.
+    if panel == 128:
+        return Tile(panel, width, 64 if family == "gfx942" else 32, 8, stages, programs)
+    return Tile(panel, width, 64, 4, stages, programs)
 
 
 def _over(a, b):
     return -(-a // b)
 
 
-def splits(family, panels, M, rows):
-    """Ranges of rows, and the rows of each, that give every multiprocessor some programs of a few tiles."""
-    wanted = PROGRAMS * triton_tiles._PROGRAMS[family]
-    count = max(1, min(_over(wanted, panels), _over(M, rows)))
-    per_split = _over(_over(M, count), rows) * rows
+def splits(family, tile, programs, M):
+    """Ranges of rows, and the rows of each, that keep every multiprocessor busy, all of them at a time."""
+    wanted = tile.programs * triton_tiles._PROGRAMS[family]
+    count = max(1, min(wanted // programs, _over(M, tile.rows)))
+    per_split = _over(_over(M, count), tile.rows) * tile.rows
     return _over(M, per_split), per_split
 
 
@@ -66,6 +67,10 @@ def inverses(b):
     """
     size = max(2, 1 << (b - 1).bit_length())
     return size, max(1, 1024 // (size * size)), 1 if size <= 32 else 4
+
+
+# Columns and rows of y where only a scale acts.
+SCALE = Tile(256, 256, 16, 4, 1, 4)
 
 
 class LinearTile(NamedTuple):

@@ -33,20 +33,21 @@ def _stages(K, b, f):
 def _gradient_of_blocks(K, b, f, partial):
     G, groups, P = _group(K, b, f)
     R, D, programs = 4 * f * K * b, 4 * K * G, groups * _over(G, backend.ROWS)
-    flops = {"fp32": (2 * (f - 1) * b * programs * backend.ROWS * P)}
+    sums = partial // (K * G) - 1
+    flops = {"fp32": (2 * (f - 1) * b + sums) * programs * backend.ROWS * P}
     through = Launch(
         "stages_backward_kernel", 4 * partial + _through_stages(K, b, f), f * D,
         4 * partial + R // f * (f - 1) + (2 * f - 1) * D, flops, programs,
     )  # fmt: skip
     depth = _over(G, min(P, 32)) * min(P, 32)
-    products = {"tensor_bf16": 6 * (blocks.SQUARE if P in (32, 64) else 1) * 2 * groups * f * P * P * depth}
+    products = {"tensor_bf16": 6 * blocks.repeated(P, P, backend.warps(P)) * 2 * groups * f * P * P * depth}
     read = (2 * f - 1) * D
     return [through, Launch("blocks_gradient_kernel", read, R, read + R, products, groups * f)]
 
 
 def _scale_splits(family, M, N):
-    panels = _over(N, backend.SCALE_COLUMNS)
-    return panels, tiles.splits(family, panels, M, backend.SCALE_ROWS)[0]
+    panels = _over(N, tiles.SCALE.width)
+    return panels, tiles.splits(family, tiles.SCALE, panels, M)[0]
 
 
 def _scale(family, dtype, M, N):

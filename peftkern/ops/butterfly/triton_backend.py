@@ -17,7 +17,6 @@ from peftkern.ops.block_rotation import triton_tiles as tiles
 from peftkern.ops.block_rotation.triton_backend import _aligned, _cdiv
 
 ROWS = 16  # of a group, per program that takes them through the stages
-SCALE_ROWS, SCALE_COLUMNS = 16, 256  # of a tile of y
 
 
 @functools.cache
@@ -69,6 +68,11 @@ def _sizes(R):
     return n >> (f - 1), f, b, G, max(16, 1 << (G - 1).bit_length())
 
 
+def warps(P):
+    """Of a product [P, P] of two groups."""
+    return 4 if P < 64 else 8
+
+
 def _stages(R):
     """V [F, K/G, G, G]: V[0] are the groups, multiplied out."""
     R, (groups, f, b, G, P) = R.contiguous(), _sizes(R)
@@ -89,7 +93,7 @@ def _gradient_of_blocks(partial, V, R):
         R, partial, H, groups, len(partial), f, b, G, P, ROWS, num_warps=4, num_stages=1
     )
     _kernels().blocks_gradient_kernel[(groups, f)](
-        V, H, dR, groups, f, b, G, P, min(P, 32), num_warps=4 if P < 64 else 8, num_stages=1
+        V, H, dR, groups, f, b, G, P, min(P, 32), num_warps=warps(P), num_stages=1
     )
     return dR
 
@@ -116,8 +120,8 @@ def butterfly_rotate_backward(dz, x, R, transpose, output_mask):
 
 
 def _scale_grid(M, N):
-    panels = _cdiv(N, SCALE_COLUMNS)
-    splits, per_split = tiles.splits(_triton.family(), panels, M, SCALE_ROWS)
+    panels = _cdiv(N, tiles.SCALE.width)
+    splits, per_split = tiles.splits(_triton.family(), tiles.SCALE, panels, M)
     return (panels, splits), per_split
 
 
@@ -130,7 +134,7 @@ def scale_outputs(y, scale, bias):
     with _triton.guard(y):
         _kernels().scale_kernel[grid](
             y_rows, scale, scale if bias is None else bias.contiguous(), z, M, N, stride, per_split, bias is not None,
-            SCALE_ROWS, SCALE_COLUMNS, _aligned(N, stride), num_warps=4,
+            tiles.SCALE.rows, tiles.SCALE.width, _aligned(N, stride), num_warps=4,
         )  # fmt: skip
     return z
 
@@ -146,8 +150,8 @@ def scale_outputs_backward(dy, y, scale, bias, output_mask):
     with _triton.guard(y):
         _kernels().scale_backward_kernel[grid](
             dy_rows, y_rows, scale, scale if bias is None else bias.contiguous(), dp if want_dy else dy_rows, partial,
-            M, N, dy_stride, stride, per_split, bias is not None, want_dy, want_scale, SCALE_ROWS, SCALE_COLUMNS,
-            _aligned(N, dy_stride, stride), num_warps=4, enable_fp_fusion=False,
+            M, N, dy_stride, stride, per_split, bias is not None, want_dy, want_scale, tiles.SCALE.rows,
+            tiles.SCALE.width, _aligned(N, dy_stride, stride), num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
         return dp, blocks.gathered(partial) if want_scale else scale.new_empty(0)
 
