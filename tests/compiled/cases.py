@@ -1,7 +1,8 @@
 """Calls that together launch the kernel variants of real layers, and what their code has to show.
 
 Shapes: 4096 wide, 8192 tokens and a decoding step of 8; r 8, 32 and 128 are three of the four buckets that kernels are
-compiled for (r 64 is the fourth). float64 serves gradcheck alone and is not held to anything here.
+compiled for (r 64 is the fourth). Rotations are OFT's of blocks of 32 and BOFT's of four stages of blocks of 8.
+float64 serves gradcheck alone and is not held to anything here.
 """
 
 import torch
@@ -27,8 +28,17 @@ TENSOR = {
     "linear_backward_kernel": "half",
     "core_kernel": "double",
     "gram_kernel": "double",
+    "rotate_kernel": "half",
+    "rotate_backward_kernel": "half",
+    "polynomial_kernel": "half",
+    "polynomial_backward_kernel": "half",
+    "blocks_gradient_kernel": "half",
+    "cayley_backward_kernel": "half",
 }
-WIDE = ("project_kernel", "update_kernel", "linear_kernel", "linear_backward_kernel")
+WIDE = (
+    "project_kernel", "update_kernel", "linear_kernel", "linear_backward_kernel", "rotate_kernel",
+    "rotate_backward_kernel", "scale_kernel", "scale_backward_kernel",
+)  # fmt: skip
 
 
 def _rank_cases():
@@ -49,7 +59,26 @@ def _row_cases():
         yield op, "fp16", 32, "8192 tokens"
 
 
+BLOCKS = {"b32": (32, 1), "b8 f4": (8, 4)}
+
+
+def _block_cases():
+    for op in ("skew_polynomial", "skew_polynomial_backward", "skew_cayley", "skew_cayley_backward"):
+        yield op, "fp32", "b32", "8192 tokens"
+    for op in ("dense_cayley", "dense_cayley_backward"):
+        yield op, "fp32", "b8 f4", "8192 tokens"
+    for size, kind in (("b32", "block"), ("b8 f4", "butterfly")):
+        for op in (f"{kind}_rotate", f"{kind}_rotate_backward"):
+            yield from ((op, dtype, size, "8192 tokens") for dtype in DTYPES)
+        yield f"{kind}_rotate", "bf16", size, "8 tokens"
+        yield f"{kind}_rotated_linear", "bf16", size, "8192 tokens"
+        yield f"{kind}_rotated_linear", "bf16", size, "8 tokens"
+    for op in ("scale_outputs", "scale_outputs_backward"):
+        yield from ((op, dtype, "b8 f4", "8192 tokens") for dtype in ("bf16", "fp32"))
+
+
 CASES = {f"{op} {dtype} r{r} {rows}": (op, dtype, r, rows) for op, dtype, r, rows in (*_rank_cases(), *_row_cases())}
+CASES |= {f"{op} {dtype} {size} {rows}": (op, dtype, size, rows) for op, dtype, size, rows in _block_cases()}
 # Run in every test run; the others with the slow tests.
 FIRST = {name for name, (op, dtype, r, rows) in CASES.items() if (dtype, rows) != ("fp16", "8192 tokens") and r != 8}
 # Kernels that break a rule, and why they still ship. A case that has come right fails until its line is deleted.
@@ -59,6 +88,8 @@ KNOWN = {}
 def arguments(name):
     """The arguments of a case. Their memory is never read."""
     op, dtype, r, rows = CASES[name]
+    if r in BLOCKS:
+        return _block_arguments(op, DTYPES[dtype], *BLOCKS[r], ROWS[rows])
     M, dtype = ROWS[rows], DTYPES[dtype]
     x, dy, z = (torch.empty(M, width, dtype=dtype) for width in (K, N, K))
     W, b = torch.empty(N, K, dtype=dtype), torch.empty(N, dtype=dtype)
@@ -77,4 +108,27 @@ def arguments(name):
         "orthogonality_penalty_backward": (torch.empty(()), V, True),
         "orthonormal_factor": (V,),
         "orthonormal_factor_backward": (V, T, V, T),
+    }[op]
+
+
+def _block_arguments(op, dtype, b, f, M):
+    x, y = torch.empty(M, K, dtype=dtype), torch.empty(M, N, dtype=dtype)
+    W, bias, scale = torch.empty(N, K, dtype=dtype), torch.empty(N, dtype=dtype), torch.empty(N)
+    q, R, B = torch.empty(K // b, b * (b - 1) // 2), torch.empty(K // b, b, b), torch.empty(f, K // b, b, b)
+    coefficients, both = [1.0, 2.0, 2.0, 2.0, 1.0], [True, True]
+    return {
+        "skew_polynomial": (q, coefficients),
+        "skew_polynomial_backward": (R, q, coefficients),
+        "skew_cayley": (q,),
+        "skew_cayley_backward": (R, R),
+        "dense_cayley": (B,),
+        "dense_cayley_backward": (B, B),
+        "block_rotate": (x, R, False),
+        "block_rotate_backward": (x, x, R, False, both),
+        "block_rotated_linear": (x, W, bias, R),
+        "butterfly_rotate": (x, B, False),
+        "butterfly_rotate_backward": (x, x, B, False, both),
+        "butterfly_rotated_linear": (x, W, bias, scale, B),
+        "scale_outputs": (y, scale, bias),
+        "scale_outputs_backward": (y, y, scale, bias, both),
     }[op]

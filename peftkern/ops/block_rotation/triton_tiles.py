@@ -88,7 +88,7 @@ def linear(family, M):
         return LinearTile(small, 64, 64, 4, 2 if family in ("gfx942", "generic") else 3)
     return {
         "sm90": LinearTile(128, 256, 64, 8, 3),
-        "sm100": LinearTile(128, 256, 64, 8, 2),
+        "sm100": LinearTile(128, 128, 64, 8, 3),
         "gfx942": LinearTile(128, 128, 32, 8, 2),
         "generic": LinearTile(64, 64, 32, 4, 1),
     }.get(family, LinearTile(128, 128, 32, 8, 3))
