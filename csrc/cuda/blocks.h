@@ -82,7 +82,6 @@ int block_map_backward(const BlockMap& args, void* stream);
 struct OutputScale {
   const void* y;  // [M, N]
   int64_t y_stride;
-  const void* low;  // [M, N] or null, added to y: what it lacks
   const void* scale;
   const void* bias;  // [N] or null
   void* z;           // [M, N] or null
@@ -92,7 +91,6 @@ struct OutputScale {
   void* partial;  // [scale_chunks, N] or null: sums over rows of dy (y - bias)
   int64_t M;
   int N;
-  bool added;  // y is without the bias: y scale + bias
   // Set by the launcher.
   int64_t chunk_rows;
   bool wide;
@@ -100,5 +98,21 @@ struct OutputScale {
 int scale_chunks(Dtype dtype, int64_t M, int N);
 int scale_outputs(Dtype dtype, OutputScale args, void* stream);
 int scale_outputs_backward(Dtype dtype, OutputScale args, void* stream);
+
+// z = (y + y_low) scale + bias and p = y + y_low of a product y [M, N] in float32 (float64), all contiguous.
+struct ScaledProduct {
+  const void* y;
+  const void* y_low;  // [M, N] like z, or null
+  const void* scale;  // [N], null: 1
+  const void* bias;   // [N] like z, or null
+  void* z;            // [M, N]
+  void* p;            // [M, N] like z, or null
+  int64_t M;
+  int N;
+  // Set by the launcher.
+  int64_t chunk_rows;
+  bool wide;
+};
+int scale_product(Dtype dtype, const ScaledProduct& args, void* stream);
 
 }  // namespace peftkern::cuda

@@ -51,7 +51,7 @@ TENSOR = {
 }
 WIDE = (
     "householder_rows_kernel", "householder_outer_kernel", "gram_schmidt_gram_kernel", "block_rotate_kernel",
-    "block_rotate_backward_kernel", "scale_outputs_kernel",
+    "block_rotate_backward_kernel", "scale_outputs_kernel", "scale_product_kernel",
 )  # fmt: skip
 
 

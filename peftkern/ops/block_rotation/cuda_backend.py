@@ -199,16 +199,34 @@ def rotated_terms(x, R, dtype):
     return high.view(-1, K), low.view(-1, K)
 
 
+def product_f32(a, b):
+    """a b in float32 of half-precision matrices, one product on tensor cores."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float().mm(b.float())
+
+
+def scale_product(y, low, scale, bias, z, p=None):
+    """z = (y + low) scale + bias and p = y + low, of y in float32 or float64; None for no such term."""
+    N = z.shape[-1]
+    y, scale, bias = (t if t is None else t.contiguous() for t in (y, scale, bias))
+    with _cuda.guard(z):
+        _cuda.library().scale_product(
+            CODES[z.dtype], *(0 if t is None else t.data_ptr() for t in (y, low, scale, bias, z, p)), z.numel() // N, N,
+            _cuda.stream(z),
+        )  # fmt: skip
+
+
 def linear_of_rotated(x, weight, bias, R):
     """(x R) W^T + b with x R unrounded, rounded once."""
     if weight.dtype not in HALF:
         return F.linear(rotate(x, R, False), weight, bias)
     high, low = rotated_terms(x, R, weight.dtype)
+    # What the rounded x R lacks is below 2^-8 of y, so its own rounding is nothing beside that of y.
+    y_low = low.mm(weight.mT)
     if bias is None:
-        # What the rounded x R lacks is below 2^-8 of y, so its own rounding is nothing beside that of y.
-        y = low.mm(weight.mT).addmm_(high, weight.mT)
+        y = y_low.addmm_(high, weight.mT)
     else:
-        y = F.linear(torch.cat((high, low), 1), torch.cat((weight, weight), 1), bias)
+        y = weight.new_empty(y_low.shape)
+        scale_product(product_f32(high, weight.mT), y_low, None, bias, y)
     return y.view(*x.shape[:-1], len(weight))
 
 

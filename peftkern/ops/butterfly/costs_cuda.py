@@ -2,25 +2,43 @@
 stages that were multiplied out, and the output scale.
 """
 
+from dataclasses import replace
+
 import torch
 
 from peftkern.ops._costs import Launch
 from peftkern.ops.block_rotation import costs_cuda as blocks
 
 
-def _scale(M, N, dtype, backward=False, want_dy=True, want_scale=True, terms=1):
-    """(y - b) s + b without b, y in `terms` terms. Each of eight warps reads s, seven of them from the L1 cache."""
-    size = dtype.itemsize
+def _runs(M, N, size):
+    """Blocks across and runs of rows of the scale's kernels, whose lanes take 16 bytes of columns."""
     across = blocks.over(N, 32 * 16 // size)
-    chunks, rows = blocks.fewest(blocks.over(M, 64), across, M), size * M * N
-    if not backward:
-        read = terms * rows + 32 * chunks * N
-        return [Launch("scale_outputs_kernel", read, rows, (terms + 1) * rows + 4 * N, {}, chunks * across)]
+    return across, blocks.fewest(blocks.over(M, 64), across, M)
+
+
+def _scale(M, N, dtype):
+    """(y - b) s + b without b. Each of eight warps reads s, seven of them from the L1 cache; so they do below."""
+    (across, chunks), rows = _runs(M, N, dtype.itemsize), dtype.itemsize * M * N
+    read = rows + 32 * chunks * N
+    return [Launch("scale_outputs_kernel", read, rows, 2 * rows + 4 * N, {}, chunks * across)]
+
+
+def _scale_backward(M, N, dtype, want_dy, want_scale):
+    (across, chunks), rows = _runs(M, N, dtype.itemsize), dtype.itemsize * M * N
     partial = 4 * chunks * N * want_scale
     read, written = (1 + want_scale) * rows + 32 * chunks * N, want_dy * rows + partial
     unique = (1 + want_scale + want_dy) * rows + 4 * N + partial
     launch = Launch("scale_outputs_kernel", read, written, unique, {}, chunks * across)
     return [launch, *([blocks.summed(N, chunks)] if want_scale else [])]
+
+
+def _scale_product(M, N, dtype):
+    """(y + y_low) s of y in float32, and in half precision y + y_low, which is there else."""
+    (across, chunks), half = _runs(M, N, 4), dtype.itemsize == 2
+    moved, written = (4 + 2 * half) * M * N, 4 * M * N
+    return [
+        Launch("scale_product_kernel", moved + 32 * chunks * N, written, moved + written + 4 * N, {}, chunks * across)
+    ]
 
 
 def launches(op, *, M, K, N, b, f=1, dtype, family, shared=False, terms=5, mask=None):
@@ -40,20 +58,17 @@ def launches(op, *, M, K, N, b, f=1, dtype, family, shared=False, terms=5, mask=
         return _scale(M, N, dtype)
     if op == "scale_outputs_backward":
         want_dy, want_scale = mask or (True, True)
-        return _scale(M, N, dtype, True, want_dy, want_scale)
+        return _scale_backward(M, N, dtype, want_dy, want_scale)
     if op == "butterfly_rotated_linear" and dtype.itemsize == 4:
-        return [*groups.rotate(M), blocks.library("p = z W^T", M, N, K, dtype), *_scale(M, N, dtype)]
+        return [*groups.rotate(M), blocks.library("p = z W^T", M, N, K, dtype), *_scale_product(M, N, dtype)]
     if op == "butterfly_rotated_linear":
-        return [
-            *groups.rotate(M, outputs=2),
-            blocks.library("p = z W^T", M, N, K, dtype),
-            blocks.library("p_low = z W^T - p", M, N, K, dtype, accumulate=True),
-            blocks.library("p_low += z_low W^T", M, N, K, dtype, accumulate=True),
-            *_scale(M, N, dtype, terms=2),
-        ]
+        wide = blocks.library("p = z W^T in float32", M, N, K, dtype)
+        wide = replace(wide, written=2 * wide.written, unique=wide.unique + wide.written)
+        low = blocks.library("p_low = z_low W^T", M, N, K, dtype)
+        return [*groups.rotate(M, outputs=2), low, wide, *_scale_product(M, N, dtype)]
     if op == "butterfly_rotated_linear_backward":
         want_dx, want_scale, want_dR = mask or (True, True, True)
-        scaled = _scale(M, N, dtype, True, want_dx or want_dR, want_scale)
+        scaled = _scale_backward(M, N, dtype, want_dx or want_dR, want_scale)
         if not want_dx and not want_dR:
             return scaled
         product = blocks.library("dp W", M, K, N, dtype)

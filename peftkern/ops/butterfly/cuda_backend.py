@@ -62,8 +62,8 @@ def _pointer(tensor):
 
 
 # fmt: off
-def _run_scale(like, y, scale, bias, z, dy=None, partial=None, low=None, added=False):
-    """z = (y + low - b) s + b, without `- b` when the bias is still to be added; z = dy s and sums when there is dy."""
+def _run_scale(like, y, scale, bias, z, dy=None, partial=None):
+    """z = (y - b) s + b; where there is dy, z = dy s and partial sums of dy (y - b)."""
     N = len(scale)
     if like.numel() == 0:
         return
@@ -71,9 +71,8 @@ def _run_scale(like, y, scale, bias, z, dy=None, partial=None, low=None, added=F
     scale, bias = scale.contiguous(), None if bias is None else bias.contiguous()
     with _cuda.guard(like):
         _cuda.library().scale_outputs(
-            CODES[like.dtype], y_rows.data_ptr(), y_stride, _pointer(low), scale.data_ptr(), _pointer(bias),
-            _pointer(z), _pointer(dy_rows), dy_stride, _pointer(partial), like.numel() // N, N, added,
-            _cuda.stream(like),
+            CODES[like.dtype], y_rows.data_ptr(), y_stride, scale.data_ptr(), _pointer(bias),
+            _pointer(z), _pointer(dy_rows), dy_stride, _pointer(partial), like.numel() // N, N, _cuda.stream(like),
         )
 # fmt: on
 
@@ -106,16 +105,15 @@ def butterfly_rotated_linear(x, weight, bias, scale, R):
     if scale is None:
         return blocks.linear_of_rotated(x, weight, bias, R), weight.new_empty(0)
     shape = (*x.shape[:-1], len(weight))
-    if weight.dtype not in HALF:
-        p, low = F.linear(blocks.rotate(x, R, False), weight), None
-    else:
-        # p in two terms: its rounding, and what that lacks, which the product leaves when it starts from -p.
-        high, low_rows = blocks.rotated_terms(x, R, weight.dtype)
-        p = high.mm(weight.mT)
-        low = torch.addmm(p, high, weight.mT, beta=-1).addmm_(low_rows, weight.mT)
     y = weight.new_empty(shape)
-    _run_scale(y, p, scale, bias, y, low=low, added=True)
-    return y, p.view(shape)
+    if weight.dtype not in HALF:
+        p = F.linear(blocks.rotate(x, R, False), weight)
+        blocks.scale_product(p, None, scale, bias, y)
+        return y, p
+    high, low = blocks.rotated_terms(x, R, weight.dtype)
+    p = weight.new_empty(shape)
+    blocks.scale_product(blocks.product_f32(high, weight.mT), low.mm(weight.mT), scale, bias, y, p)
+    return y, p
 
 
 def butterfly_rotated_linear_backward(dy, x, weight, scale, p, R, output_mask):
