@@ -269,11 +269,40 @@ void reverse_stage(const BlockPanels<C>& R, int stage, int64_t j0, int64_t cols,
   }
 }
 
+// One stage of blocks of whole vectors, rows in the dtype of the blocks: nothing is copied. A few rows at a time, so
+// that the hardware follows them along all columns; the blocks come from the second level of cache, where they fit.
+constexpr int kStraightRows = 16;
+constexpr size_t kStraightBytes = 1 << 19;
+
+template <class C>
+bool goes_straight(const BlockPanels<C>& R, const Rows& x, const Rows& z) {
+  constexpr Dtype own = dtype_of<C>::value;
+  bool fits = R.stage_size() * sizeof(C) <= kStraightBytes;
+  return R.f == 1 && x.dtype == own && z.dtype == own && R.bp == R.b && !R.windows(0) && fits;
+}
+
+template <class C>
+void rotate_straight(const Rows& x, int64_t M, const BlockPanels<C>& R, const Rows& z, int threads) {
+  int64_t tasks = ceil_div(M, kStraightRows);
+  threads = useful_threads(threads, tasks, M * R.blocks * R.size);
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t task = 0; task < tasks; task++) {
+    int64_t row0 = task * kStraightRows;
+    int rows = min_int(kStraightRows, M - row0);
+    C *from = reinterpret_cast<C*>(address(x, row0, 0)), *to = reinterpret_cast<C*>(address(z, row0, 0));
+    for (int64_t j = 0; j < R.blocks; j++, from += R.b, to += R.b) {
+      if (j + 2 < R.blocks) prefetch_tile(z, row0, rows, (j + 2) * R.b, R.b, true);
+      multiply_block(Columns<const C>{from, from + R.b, x.stride, R.b}, rows, R.b, R.block(0, j), R.bp, to, z.stride);
+    }
+  }
+}
+
 template <class C>
 void rotate_blocks(const Rows& x, int64_t M, const Blocks& blocks, bool transpose, const Rows& z, const Rows& rest,
                    int threads) {
   BlockPanels<C> R(blocks, transpose, false, threads);
   int64_t K = blocks.K, chunk = rotate_chunk(blocks), ld = chunk + R.bp;
+  if (goes_straight(R, x, z) && !rest.data) return rotate_straight(x, M, R, z, threads);
   TileOrder order(0, M, K, chunk);
   int64_t tasks = order.count();
   bool to_z = !rest.data && R.writes_in_place(R.f - 1, z.dtype);
