@@ -72,6 +72,19 @@ def family():
     return "sm100" if 100 <= target.arch < 120 else "sm86"
 
 
+@functools.cache
+def _kept_counter(device, _stream):
+    return torch.zeros(1, dtype=torch.int32, device=device)
+
+
+def counter(tensor):
+    """One int32 zero for a kernel that counts its programs and leaves zero again; one for each stream."""
+    # A graph under capture fills its memory when it is replayed, so it gets a zero of its own.
+    if tensor.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=tensor.device)
+    return _kept_counter(tensor.device, torch.cuda.current_stream(tensor.device).cuda_stream)
+
+
 def guard(tensor):
     """A context in which the device of the tensor is the current one, as a launch wants it."""
     if tensor.device.type == "cuda":

@@ -134,10 +134,20 @@ class Builder(InterpreterBuilder):
         self.memory.store(ptrs.data, mask.data, _bytes(ptrs))
         return super().create_masked_store(ptrs, value, mask, *policy)
 
-    def _refuse(self, *_):
-        raise NotImplementedError("no atomic operation is interpreted: the order of programs must not matter")
+    def create_atomic_rmw(self, operation, ptrs, value, mask, sem, scope):
+        counts = operation == ir.ATOMIC_OP.ADD and value.dtype == tl.int32 and value.data.size == 1
+        if not counts or sem != ir.MEM_SEMANTIC.ACQUIRE_RELEASE or scope != ir.MEM_SYNC_SCOPE.GPU:
+            self._refuse()
+        self.memory.arrive(ptrs.data, mask.data, _bytes(ptrs))
+        return super().create_atomic_rmw(operation, ptrs, value, mask, sem, scope)
 
-    create_atomic_rmw = create_atomic_cas = create_atomic_load = create_atomic_store = create_atomic_poll = _refuse
+    def _refuse(self, *_):
+        raise NotImplementedError(
+            "no atomic operation is interpreted but the count of programs that arrive, one int32 with acq_rel: the "
+            "order of programs must not matter"
+        )
+
+    create_atomic_cas = create_atomic_load = create_atomic_store = create_atomic_poll = _refuse
 
 
 def _bytes(ptrs):

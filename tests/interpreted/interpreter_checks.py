@@ -252,6 +252,33 @@ def count(x, B: tl.constexpr):
     tl.atomic_add(x + tl.arange(0, B), 1.0)
 
 
+@triton.jit
+def add_up(x, partial, out, counter, programs, BARRIER: tl.constexpr, WAIT: tl.constexpr, B: tl.constexpr):
+    """out = the sum over programs of x [programs, B], by the program that arrives last."""
+    i, o = tl.program_id(0), tl.arange(0, B)
+    tl.store(partial + i * B + o, tl.load(x + i * B + o))
+    if BARRIER:
+        tl.debug_barrier()
+    before = tl.atomic_add(counter, 1, sem="acq_rel")
+    if before == (programs - 1 if WAIT else 0):
+        total = tl.zeros((B,), tl.float32)
+        for p in range(0, programs):
+            total += tl.load(partial + p * B + o)
+        tl.store(out + o, total)
+        tl.store(counter, 0)
+
+
+def test_the_last_program_to_arrive_sees_what_all_have_stored():
+    x = torch.randn(5, 16)
+    partial, out, counter = torch.empty(5, 16), torch.empty(16), torch.zeros(1, dtype=torch.int32)
+    add_up[(5,)](x, partial, out, counter, 5, True, True, 16)
+    assert torch.allclose(out, x.sum(0)) and not counter.any()
+    with caught("Race", "counts itself after a store, with no tl.debug_barrier() between"):
+        add_up[(5,)](x, partial, out, counter, 5, False, True, 16)
+    with caught("Race", "stores what another program loads"):
+        add_up[(5,)](x, partial, out, counter.zero_(), 5, True, False, 16)
+
+
 def test_atomics_are_refused():
     with pytest.raises(triton.runtime.errors.InterpreterError, match="no atomic operation is interpreted"):
         count[(1,)](torch.zeros(8), 8)

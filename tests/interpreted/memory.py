@@ -57,6 +57,8 @@ class Memory:
     def __init__(self, kernel, arguments):
         self.kernel = kernel
         self.program, self.index, self.barriers = None, NOBODY, 0
+        # Who has arrived at each counter, with all that they had seen; what this program has seen; when it last stored.
+        self.arrived, self.seen, self.stored = {}, frozenset(), None
         regions = {}
         for tensor in _tensors(arguments):
             if tensor.numel():
@@ -67,9 +69,25 @@ class Memory:
     def enter(self, program):
         """A program begins; they run one after the other."""
         self.program, self.index, self.barriers = program, self.index + 1, 0
+        self.seen, self.stored = frozenset(), None
 
     def barrier(self):
         self.barriers += 1
+
+    def arrive(self, addresses, mask, size):
+        """The program counts itself: what it has stored is released, what those before have stored is acquired."""
+        for _, _ in self._located("count", addresses, mask, size):
+            pass
+        if self.stored == self.barriers:
+            raise Race(self._say("counts itself after a store, with no tl.debug_barrier() between"))
+        address = int(addresses.ravel()[0])
+        self.seen |= self.arrived.get(address, frozenset())
+        self.arrived[address] = self.seen | {self.index}
+
+    def _unordered(self, programs):
+        """Which of these programs are others, or several, whose accesses nothing orders before this."""
+        others = (programs != NOBODY) & (programs != self.index)
+        return others & ~np.isin(programs, list(self.seen)) if self.seen else others
 
     def load(self, addresses, mask, size):
         for region, offsets in self._located("load", addresses, mask, size):
@@ -82,15 +100,16 @@ class Memory:
             if len(np.unique(offsets)) != len(offsets):
                 raise Race(self._say("stores one element twice at once"))
             readers, writers = region.reader[offsets], region.writer[offsets]
-            if ((readers != NOBODY) & (readers != self.index)).any():
+            if self._unordered(readers).any():
                 raise Race(self._say("stores what another program loads"))
-            if ((writers != NOBODY) & (writers != self.index)).any():
+            if self._unordered(writers).any():
                 raise Race(self._say("stores what another program stores"))
+            self.stored = self.barriers
             region.writer[offsets], region.phase[offsets] = self.index, self.barriers
 
     def _refuse_written(self, region, offsets, verb):
         writers = region.writer[offsets]
-        if ((writers != NOBODY) & (writers != self.index)).any():
+        if self._unordered(writers).any():
             raise Race(self._say(f"{verb} what another program stores"))
         if ((writers == self.index) & (region.phase[offsets] == self.barriers)).any():
             raise Race(self._say(f"{verb} what it stored, with no tl.debug_barrier() between"))

@@ -114,14 +114,19 @@ def _gram(family, rows, r, upper):
     return Launch("gram_kernel", read, written, unique, flops, splits * side * side), splits
 
 
-def _invert(r, splits):
-    R = tiles.rank(r)
+def _factor(family, rows, r):
+    """Partial sums of V^T V; the last program adds and inverts them."""
+    gram, splits = _gram(family, rows, r, upper=True)
+    R, side = tiles.rank(r), _over(r, min(tiles.rank(r), 32))
+    programs = splits * side * (side + 1) // 2
     merges = [(B, R // (2 * B)) for B in (16, 32, 64) if B < R]
-    read = 8 * (splits * r * r + 16 * R + R * R + sum(3 * B * B * pairs for B, pairs in merges))
-    written = 8 * (2 * R * R + 16 * R + r * r + sum(B * B * pairs for B, pairs in merges))
+    read = 8 * (splits * r * r + 16 * R + R * R + sum(3 * B * B * pairs for B, pairs in merges)) + 4 * programs
+    written = 8 * (2 * R * R + 16 * R + r * r + sum(B * B * pairs for B, pairs in merges)) + 4 * (programs + 1)
     # Four warps share a 16 x 16 product by doing it twice.
-    flops = {"tensor_fp64": sum(4 * B**3 * pairs * (2 if B == 16 else 1) for B, pairs in merges)}
-    return Launch("invert_kernel", read, written, 8 * (splits * r * r + r * r + 4 * R * R), flops, 1)
+    flops = gram.flops["tensor_fp64"] + sum(4 * B**3 * pairs * (2 if B == 16 else 1) for B, pairs in merges)
+    return Launch("factor_kernel", gram.read + read, gram.written + written,
+                  gram.unique + 8 * (splits * r * r + r * r + 4 * R * R), {"tensor_fp64": flops},
+                  splits * side * side)  # fmt: skip
 
 
 def _gram_gradient(r):
@@ -219,10 +224,10 @@ def launches(op, *, M, K, N, r, dtype, family):
     if dtype is torch.float64:
         raise NotImplementedError("costs are stated for float32 and half precision")
     half = dtype.itemsize == 2
-    if op in ("wy_factor", "orthogonality_penalty", "orthogonality_penalty_backward"):
+    if op == "wy_factor":
+        return [_factor(family, K, r)]
+    if op in ("orthogonality_penalty", "orthogonality_penalty_backward"):
         gram, splits = _gram(family, K, r, upper=True)
-        if op == "wy_factor":
-            return [gram, _invert(r, splits)]
         backward = op.endswith("backward")
         return [gram, _penalty(r, splits, backward)] + [_core(K, r, 1, padded=False)] * backward
     if op == "wy_factor_backward":

@@ -154,18 +154,23 @@ def _times(V, C):
     return out
 
 
+def _gram_splits(rows, r):
+    """(programs along one side of [r, r], splits of the rows, rows of one)."""
+    side = _cdiv(r, min(tiles.rank(r), 32))
+    splits = tiles.splits(_triton.family(), side * side, rows, 4 * tiles.GRAM_ROWS)
+    per_split = _cdiv(_cdiv(rows, splits), tiles.GRAM_ROWS) * tiles.GRAM_ROWS
+    return side, _cdiv(rows, per_split), per_split
+
+
 def _gram(A, B, upper):
     """Partial sums [splits, r, r] of A^T B, float64."""
     rows, r = A.shape
-    BR = min(tiles.rank(r), 32)
-    side = _cdiv(r, BR)
-    splits = tiles.splits(_triton.family(), side * side, rows, 4 * tiles.GRAM_ROWS)
-    per_split = _cdiv(_cdiv(rows, splits), tiles.GRAM_ROWS) * tiles.GRAM_ROWS
-    splits = _cdiv(rows, per_split)
+    side, splits, per_split = _gram_splits(rows, r)
     out = A.new_empty(splits, r, r, dtype=torch.float64)
     _kernels().gram_kernel[(splits, side, side)](
-        A, B, out, rows, r, *A.stride(), *B.stride(), per_split, tiles.GRAM_ROWS, BR, upper, num_warps=4, num_stages=1
-    )
+        A, B, out, rows, r, *A.stride(), *B.stride(), per_split, tiles.GRAM_ROWS, min(tiles.rank(r), 32), upper,
+        num_warps=4, num_stages=1,
+    )  # fmt: skip
     return out
 
 
@@ -204,13 +209,15 @@ def _z_terms(dtype):
 
 
 def wy_factor(V):
-    r = V.shape[1]
-    R = tiles.rank(r)
-    T = V.new_empty(r, r, dtype=torch.float64)
+    rows, r = V.shape
+    R, (side, splits, per_split) = tiles.rank(r), _gram_splits(rows, r)
+    T, partial = (V.new_empty(*shape, dtype=torch.float64) for shape in ((r, r), (splits, r, r)))
+    work, count = V.new_empty(2, R, R, dtype=torch.float64), _triton.counter(V)
     with _triton.guard(V):
-        partial = _gram(V, V, True)
-        work = V.new_empty(2, R, R, dtype=torch.float64)
-        _kernels().invert_kernel[(1,)](partial, work, T, r, partial.shape[0], R, num_warps=4, enable_fp_fusion=False)
+        _kernels().factor_kernel[(splits, side, side)](
+            V, partial, work, T, count, rows, r, *V.stride(), per_split, splits, splits * side * (side + 1) // 2,
+            tiles.GRAM_ROWS, min(R, 32), R, num_warps=4, num_stages=1, enable_fp_fusion=False,
+        )  # fmt: skip
     return T
 
 

@@ -373,6 +373,13 @@ def gram_kernel(
     i_s, i_i, i_j = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if UPPER and i_i > i_j:
         return
+    _partial_gram(p_a, p_b, p_out, rows, r, s_ai, s_aj, s_bi, s_bj, per_split, i_s, i_i, i_j, BL, BR)
+
+
+@triton.jit
+def _partial_gram(
+    p_a, p_b, p_out, rows, r, s_ai, s_aj, s_bi, s_bj, per_split, i_s, i_i, i_j, BL: tl.constexpr, BR: tl.constexpr
+):
     o_i, o_j = (i_i * BR + tl.arange(0, BR))[None, :], (i_j * BR + tl.arange(0, BR))[None, :]
     b_g = tl.zeros((BR, BR), tl.float64)
     first = i_s * per_split
@@ -413,12 +420,32 @@ def _merge(p_a, p_t, R: tl.constexpr, B: tl.constexpr):
 
 
 @triton.jit
-def invert_kernel(p_part, p_work, p_t, r, splits, R: tl.constexpr):
-    """T = A^-1, A = striu(G) + diag(G) / 2, from the partial sums of G = V^T V; r padded to R with the identity.
+def factor_kernel(
+    p_v, p_part, p_work, p_t, p_count, rows, r, s_i, s_j, per_split, splits, programs,
+    BL: tl.constexpr, BR: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """T = A^-1, A = striu(G) + diag(G) / 2 of G = V^T V: partial sums of G, which the last program adds and inverts.
+
+    Launch: (splits, r / BR, r / BR), programs of which have a tile that meets the triangle. count [1] int32 is zero
+    before and after. Bytes: V once per tile of BR columns, 8 splits r^2 written and read, 8 r^2 written, besides work.
+    """
+    i_s, i_i, i_j = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if i_i > i_j:
+        return
+    _partial_gram(p_v, p_v, p_part, rows, r, s_i, s_j, s_i, s_j, per_split, i_s, i_i, i_j, BL, BR)
+    tl.debug_barrier()
+    before = tl.atomic_add(p_count, 1, sem="acq_rel")
+    if before == programs - 1:
+        tl.store(p_count, 0)
+        _invert(p_part, p_work, p_t, r, splits, R)
+
+
+@triton.jit
+def _invert(p_part, p_work, p_t, r, splits, R: tl.constexpr):
+    """From the partial sums of G; r padded to R with the identity.
 
     Blocks of 16 on the diagonal by substitution, all at once; then blocks of 16, 32, 64 merge in pairs. Every entry
     of every inverse is bounded (README, error bounds), so nothing grows on the way. work [2, R, R] stays in L2.
-    Launch: one program. Bytes: 8 splits r^2 read, 8 r^2 written, besides work.
     """
     p_inv = p_work + R * R
     o_16, o_cols = tl.arange(0, 16), tl.arange(0, R)[None, :]
