@@ -262,6 +262,11 @@ static int run_map(const BlockMap& a, bool backward, void* stream) {
                      : run_map<16, 4>(a, backward, stream);
 }
 
+bool block_map_fits(int b) {
+  const int rows = padded_group(b);
+  return b <= 32 || 4 * rows * (rows + 1) * int(sizeof(double)) <= architecture().shared;
+}
+
 int block_map(const BlockMap& a, void* stream) { return run_map(a, false, stream); }
 int block_map_backward(const BlockMap& a, void* stream) { return run_map(a, true, stream); }
 

@@ -75,6 +75,7 @@ struct BlockMap {
   int b, terms;  // terms 0: the exact map
   double coefficients[kMaxTerms];
 };
+bool block_map_fits(int b);  // whether the current device has the shared memory for a polynomial's gradient in float64
 int block_map(const BlockMap& args, void* stream);
 int block_map_backward(const BlockMap& args, void* stream);
 

@@ -33,6 +33,10 @@ def supports(name, *args):
     b, most = _block_of[name](*args), most_columns(None if name.startswith("skew") else _x_of(args, name).dtype)
     if b > most:
         return False, f"serves blocks of up to {most} in this dtype; this call has {b}"
+    if name == "skew_polynomial_backward" and args[0].dtype is torch.float64:
+        with _cuda.guard(args[0]):
+            if not _cuda.library().block_map_fits(b):
+                return False, f"in float64 the factors of blocks of {b} are more than this device's shared memory"
     return True, None
 
 

@@ -71,11 +71,18 @@ def test_each_operation_is_as_accurate_as_the_reference_in_its_dtype(shape, dtyp
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("shape, dtype", ((SHAPES[0], torch.bfloat16), (SHAPES[1], torch.float32)), ids=str)
+@pytest.mark.parametrize(
+    "shape, dtype", ((SHAPES[0], torch.bfloat16), (SHAPES[1], torch.float32), (LARGE[1], torch.float16)), ids=str
+)
 def test_no_bit_depends_on_the_order_of_threads_nor_on_when_copies_land(op, shape, dtype):
+    """With the shared memory of the smallest devices, once."""
     args = problem(*shape, dtype)[op]
     wanted = run(op, args)[0]
-    for options in ({"seed": 1}, {"seed": 2, "late_copies": False}, {"seed": 3, "resident": 3}):
+    for options in (
+        {"seed": 1, "shared_limit": 99 * 1024},
+        {"seed": 2, "late_copies": False},
+        {"seed": 3, "resident": 3},
+    ):
         for first, second in zip(wanted, run(op, args, **options)[0], strict=True):
             assert torch.equal(first, second)
 
