@@ -206,7 +206,7 @@ def _of_columns(problem: Problem) -> dict[str, Callable[[], object]]:
 
     known = {"V": lambda: V, "Q": lambda: torch.linalg.qr(V).Q.contiguous(), "dQ": lambda: torch.randn_like(V)}
     known |= {"T": triangle, "dT": triangle, "B": triangle, "P": rows, "dP": rows}
-    return known | {"reverse": lambda: False, "squared": lambda: True}
+    return known | {"reverse": lambda: False, "squared": lambda: True, "keep": lambda: True}
 
 
 def _of_blocks(problem: Problem) -> dict[str, Callable[[], object]]:
@@ -233,6 +233,7 @@ def _of_blocks(problem: Problem) -> dict[str, Callable[[], object]]:
 
 def arguments(operation: dispatch.Operation, problem: Problem) -> list[object]:
     """What `operation` is called with at the shape of a problem. Raises NotAvailable for an argument without a rule."""
+    case = problem.case
     known = {
         "x": problem.x.detach,
         "weight": problem.weight.detach,
@@ -241,9 +242,13 @@ def arguments(operation: dispatch.Operation, problem: Problem) -> list[object]:
         "dy": lambda: problem.grad_y,
         "grad": lambda: torch.ones((), device=problem.x.device),
     }
-    known |= _of_blocks(problem) if problem.case.rotates else _of_columns(problem)
+    known |= _of_blocks(problem) if case.rotates else _of_columns(problem)
     schema = getattr(torch.ops.peftkern, operation.name).default._schema
     known |= {a.name: lambda size=a.N: [True] * size for a in schema.arguments if a.name == "output_mask"}
+    if operation.name == "rotated_linear_backward":
+        # The weight's product with the columns, kept in half precision.
+        N = case.width_out if case.half else 0
+        known["B"] = lambda: torch.randn(N, case.r, device=problem.x.device)
     unknown = [a.name for a in schema.arguments if a.name not in known]
     if unknown:
         raise NotAvailable(f"no rule for the arguments {', '.join(unknown)} of {operation.name}")

@@ -91,8 +91,9 @@ def test_every_operation_of_the_timed_families_has_arguments():
 
     for name, family in child.timed_operations().items():
         operation, head = dispatch.operations()[name], plan.OP_FAMILIES[family]
-        problem = timing.make_problem(replace(plan.shrunk(head), kind=f"op:{name}", of=head.kind))
-        operation.check(*contenders.arguments(operation, problem))
+        for dtype in plan.DTYPES:
+            case = replace(plan.shrunk(head), kind=f"op:{name}", of=head.kind, dtype=dtype)
+            operation.check(*contenders.arguments(operation, timing.make_problem(case)))
 
 
 def test_the_sanitizers_set_has_every_operation_and_layer_at_shapes_that_exist():
