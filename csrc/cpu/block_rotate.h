@@ -157,14 +157,16 @@ inline void prefetch_tile(const Rows& x, int64_t row0, int rows, int64_t c0, int
   }
 }
 
-// Tiles of all columns of a run of rows, row blocks outermost.
+// Tiles of a run of rows, row blocks outermost: of all columns, or of `chunks` runs of them from the first on.
 struct TileOrder {
-  int64_t first_row, end, K, chunk, chunks;
+  int64_t first_row, end, K, chunk, chunks, first;
   TileOrder(int64_t first_row, int64_t end, int64_t K, int64_t chunk)
-      : first_row(first_row), end(end), K(K), chunk(chunk), chunks(ceil_div(K, chunk)) {}
+      : TileOrder(first_row, end, K, chunk, 0, ceil_div(K, chunk)) {}
+  TileOrder(int64_t first_row, int64_t end, int64_t K, int64_t chunk, int64_t first, int64_t chunks)
+      : first_row(first_row), end(end), K(K), chunk(chunk), chunks(chunks), first(first) {}
   int64_t count() const { return ceil_div(end - first_row, kBlock) * chunks; }
   int64_t row(int64_t task) const { return first_row + task / chunks * kBlock; }
-  int64_t column(int64_t task) const { return task % chunks * chunk; }
+  int64_t column(int64_t task) const { return (first + task % chunks) * chunk; }
   int rows(int64_t task) const { return min_int(kBlock, end - row(task)); }
   int64_t columns(int64_t task) const { return K - column(task) < chunk ? K - column(task) : chunk; }
   void prefetch(int64_t task, const Rows& x, bool write) const {
@@ -400,7 +402,10 @@ void rotate_blocks_backward(const Rows& dz, const Rows& x, int64_t M, const Bloc
   Rows out_rows = {dx, dz.dtype, K};
   bool to_dx = dx && R.writes_in_place(0, x.dtype);
   Buffer<C> partial(sums * sum_size);
-  threads = useful_threads(threads, sums, 3 * M * K * R.b * f);
+  // Fewer sums than threads: the columns are shared out, each with its part of a sum.
+  int64_t chunks = ceil_div(K, chunk), runs = sums < threads ? chunks : 1;
+  threads = useful_threads(threads, sums * runs, 3 * M * K * R.b * f);
+  if (dR && runs > 1) memset(partial.data(), 0, sums * sum_size * sizeof(C));
   Buffer<C> tiles(threads * tile_count * kBlock * ld), temps(threads * 2 * kBlock * R.bp);
 #pragma omp parallel num_threads(threads)
   {
@@ -410,11 +415,11 @@ void rotate_blocks_backward(const Rows& dz, const Rows& x, int64_t M, const Bloc
     memset(first_temp, 0, kBlock * R.bp * sizeof(C));
     auto scratch_tile = [&](int i) { return OutTile<C>{scratch + i * kBlock * ld, ld}; };
 #pragma omp for schedule(dynamic)
-    for (int64_t s = 0; s < sums; s++) {
+    for (int64_t unit = 0; unit < sums * runs; unit++) {
+      int64_t s = unit / runs, first_row = s * sum_rows, end = first_row + sum_rows < M ? first_row + sum_rows : M;
       C* sum = partial.data() + s * sum_size;
-      memset(sum, 0, sum_size * sizeof(C));
-      int64_t first_row = s * sum_rows, end = first_row + sum_rows < M ? first_row + sum_rows : M;
-      TileOrder order(first_row, end, K, chunk);
+      if (dR && runs == 1) memset(sum, 0, sum_size * sizeof(C));
+      TileOrder order(first_row, end, K, chunk, unit % runs, chunks / runs);
       for (int64_t task = 0; task < order.count(); task++) {
         int64_t row0 = order.row(task), c0 = order.column(task), cols = order.columns(task), j0 = c0 / R.b;
         int rows = order.rows(task);

@@ -25,21 +25,65 @@ class ScaleVectors {
   Buffer<C> bias_;
 };
 
+inline Vec<double>::type load(const double* p) { return Vec<double>::load(p); }
+inline void store(double* p, Vec<double>::type v) { Vec<double>::store(p, v); }
+inline double load1(const double* p) { return *p; }
+inline void store1(double* p, double v) { *p = v; }
+
+// Calls work with a null pointer of the element type of rows that are computed in C.
+template <class C, class Work>
+void with_elements(Dtype dtype, Work work) {
+  if constexpr (std::is_same<C, double>::value) return work(static_cast<double*>(nullptr));
+  if constexpr (std::is_same<C, float>::value) {
+    if (dtype == kFloat32) work(static_cast<float*>(nullptr));
+    if (dtype == kBFloat16) work(static_cast<bf16*>(nullptr));
+    if (dtype == kFloat16) work(static_cast<fp16*>(nullptr));
+  }
+}
+
+template <class C, class E>
+void scale_row(const E* y, int64_t N, const C* s, const C* bias, E* out) {
+  using V = Vec<C>;
+  int64_t c = 0;
+  for (; c + V::W <= N; c += V::W) {
+    // The row behind this one.
+    __builtin_prefetch(out + N + c, 1);
+    typename V::type b = V::load(bias + c);
+    store(out + c, (load(y + c) - b) * V::load(s + c) + b);
+  }
+  for (; c < N; c++) store1(out + c, (load1(y + c) - bias[c]) * s[c] + bias[c]);
+}
+
 template <class C>
 void scale_outputs(const Rows& y, int64_t M, int64_t N, const void* s, const void* bias, void* out, int threads) {
   ScaleVectors<C> vectors(s, bias, y.dtype, N);
   Rows to = {out, y.dtype, N};
   threads = useful_threads(threads, M, M * N);
+  with_elements<C>(y.dtype, [&](auto* element) {
+    using E = std::remove_pointer_t<decltype(element)>;
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t i = 0; i < M; i++) {
-    C row[kRotateChunk];
-    for (int64_t c0 = 0; c0 < N; c0 += kRotateChunk) {
-      int cols = min_int(kRotateChunk, N - c0);
-      read_tile<C>(y, i, 1, c0, cols, row, cols);
-      const C *factor = vectors.scale + c0, *b = vectors.bias() + c0;
-      for (int c = 0; c < cols; c++) row[c] = (row[c] - b[c]) * factor[c] + b[c];
-      write_row(address(to, i, c0), to.dtype, row, cols);
-    }
+    for (int64_t i = 0; i < M; i++)
+      scale_row(reinterpret_cast<const E*>(address(y, i, 0)), N, vectors.scale, vectors.bias(),
+                reinterpret_cast<E*>(address(to, i, 0)));
+  });
+}
+
+// total += dy (y - bias), dy0 = dy s; null total or dy0: not wanted.
+template <class C, class E>
+void scale_row_backward(const E* dy, const E* y, int64_t N, const C* s, const C* bias, C* total, E* dy0) {
+  using V = Vec<C>;
+  int64_t c = 0;
+  for (; c + V::W <= N; c += V::W) {
+    typename V::type g = load(dy + c);
+    if (total) V::store(total + c, V::load(total + c) + g * (load(y + c) - V::load(bias + c)));
+    if (!dy0) continue;
+    __builtin_prefetch(dy0 + N + c, 1);
+    store(dy0 + c, g * V::load(s + c));
+  }
+  for (; c < N; c++) {
+    C g = load1(dy + c);
+    if (total) total[c] += g * (load1(y + c) - bias[c]);
+    if (dy0) store1(dy0 + c, g * s[c]);
   }
 }
 
@@ -51,33 +95,23 @@ void scale_outputs_backward(const Rows& dy, const Rows& y, int64_t M, int64_t N,
   int64_t sum_rows = rows_per_sum(M), sums = ceil_div(M, sum_rows);
   Buffer<C> partial(ds ? sums * N : 0);
   threads = useful_threads(threads, sums, 2 * M * N);
+  with_elements<C>(y.dtype, [&](auto* element) {
+    using E = std::remove_pointer_t<decltype(element)>;
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
-  for (int64_t sum = 0; sum < sums; sum++) {
-    C row[kRotateChunk], value[kRotateChunk];
-    C* total = partial.data() + sum * N;
-    if (ds) memset(total, 0, N * sizeof(C));
-    int64_t end = (sum + 1) * sum_rows < M ? (sum + 1) * sum_rows : M;
-    for (int64_t i = sum * sum_rows; i < end; i++)
-      for (int64_t c0 = 0; c0 < N; c0 += kRotateChunk) {
-        int cols = min_int(kRotateChunk, N - c0);
-        read_tile<C>(dy, i, 1, c0, cols, row, cols);
-        if (ds) {
-          read_tile<C>(y, i, 1, c0, cols, value, cols);
-          const C* b = vectors.bias() + c0;
-          for (int c = 0; c < cols; c++) total[c0 + c] += row[c] * (value[c] - b[c]);
-        }
-        if (!dy0) continue;
-        const C* factor = vectors.scale + c0;
-        for (int c = 0; c < cols; c++) row[c] *= factor[c];
-        write_row(address(to, i, c0), to.dtype, row, cols);
-      }
-  }
+    for (int64_t sum = 0; sum < sums; sum++) {
+      C* total = ds ? partial.data() + sum * N : nullptr;
+      if (ds) memset(total, 0, N * sizeof(C));
+      int64_t end = (sum + 1) * sum_rows < M ? (sum + 1) * sum_rows : M;
+      for (int64_t i = sum * sum_rows; i < end; i++)
+        scale_row_backward(reinterpret_cast<const E*>(address(dy, i, 0)), reinterpret_cast<const E*>(address(y, i, 0)),
+                           N, vectors.scale, vectors.bias(), total,
+                           dy0 ? reinterpret_cast<E*>(address(to, i, 0)) : nullptr);
+    }
+  });
   if (!ds) return;
-  for (int64_t c = 0; c < N; c++) {
-    C sum = 0;
-    for (int64_t i = 0; i < sums; i++) sum += partial[i * N + c];
-    ds[c] = sum;
-  }
+  memset(ds, 0, N * sizeof(C));
+  for (int64_t i = 0; i < sums; i++)
+    for (int64_t c = 0; c < N; c++) ds[c] += partial[i * N + c];
 }
 
 }  // namespace PEFTKERN_ISA
