@@ -1,15 +1,10 @@
-"""What the CPU backends have in common: dtype codes of the C++ kernels, rows of unit stride, scratch that is kept."""
-
-import threading
+"""What the CPU backends have in common: dtype codes of the C++ kernels, rows of unit stride."""
 
 import torch
 
 CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 HALF = (torch.bfloat16, torch.float16)
 
-# Scratch for copies of a weight that a thread keeps: fresh pages for every call would cost more than filling them.
-_KEPT_BYTES = 64 * 2**20
-_kept = threading.local()
 _empty_like = torch.empty_like
 
 
@@ -28,14 +23,3 @@ def rows(x, K):
 def like_rows(x):
     """An empty contiguous tensor like x; empty_like alone is the quickest but copies other strides."""
     return _empty_like(x) if x.is_contiguous() else x.new_empty(x.shape)
-
-
-def weight_scratch(count, width, dtype):
-    """[count, width] of this thread's scratch; valid until its next call."""
-    size = count * width
-    if size * 2 > _KEPT_BYTES:
-        return torch.empty(count, width, dtype=dtype)
-    kept = getattr(_kept, "buffer", None)
-    if kept is None or kept.numel() < size:
-        kept = _kept.buffer = torch.empty(size, dtype=torch.int16)
-    return kept[:size].view(dtype).view(count, width)

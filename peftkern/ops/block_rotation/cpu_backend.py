@@ -138,13 +138,13 @@ def _adds_in_one_accumulator(dtype):
 
 
 def exact_linear(x, weight, bias, R, scale=None):
-    """(s (x R) W^T + b, (x R) W^T or None without a scale) with x R unrounded, from three products with W as it lies.
+    """(s (x R) W^T + b, (x R) W^T or None without a scale) with x R unrounded, by library products with W as it lies.
 
     With x R = z + rest in two terms y = z W^T + u + b, where u = rest W^T is so small that its rounding vanishes; with
     a scale y = z W^T + [u + (s - 1) p] + b, where the rounding of p counts as little. None where scales are far from
     1, or where the library would round between the sums.
     """
-    if not _adds_in_one_accumulator(weight.dtype) or (scale is not None and (scale - 1).abs().max() > 1 / 4):
+    if not _adds_in_one_accumulator(weight.dtype) or (scale is not None and (scale - 1).abs().max() > 1 / 2):
         return None
     shape, rows = (*x.shape[:-1], weight.shape[0]), x.reshape(-1, x.shape[-1])
     z, rest = weight.new_empty(2, *rows.shape)

@@ -116,6 +116,7 @@ def test_the_number_of_threads_changes_no_bit(level, dtype):
     before, results = torch.get_num_threads(), []
     x, dz = torch.randn(517, 192).to(dtype), torch.randn(517, 192).to(dtype)
     R, q, s = stages(3, 48, 4, dtype), 0.1 * torch.randn(64, 3), 1 + 0.1 * torch.randn(192)
+    single = stages(1, 6, 32, dtype)
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
@@ -123,6 +124,8 @@ def test_the_number_of_threads_changes_no_bit(level, dtype):
             results.append((
                 butterfly.butterfly_rotate(x, R, False),
                 *butterfly.butterfly_rotate_backward(dz, x, R, False, (True, True)),
+                butterfly.butterfly_rotate(x, single, False),
+                *butterfly.butterfly_rotate_backward(dz, x, single, False, (True, True)),
                 *cpu.block_rotate_backward(dz, x, shared, False, (True, True)),
                 *cpu.block_rotate_backward(dz, x, shared[:1], True, (True, True)),
                 butterfly.scale_outputs(x, s, None),
