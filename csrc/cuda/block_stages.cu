@@ -6,9 +6,10 @@
 //
 // Launch: stages_product one block of threads per group and 32 rows of D; stages_backward one per group and stage,
 // which takes dD (its sums over chunks included) 32 rows at a time. A stage is applied to rows in shared memory: a
-// thread has one column and eight rows. Sums: 32 threads by a run of the terms each, then the runs in order; no
-// atomics. Bytes: R once per 32 rows, D once; dD once per stage. Flops: 2 f n G^2 b forward, 2 f^2 n G^2 b backward: a
-// few thousandths of a layer of 8192 tokens.
+// thread has one column and eight rows. Sums: eight threads by a run of the terms each, then the runs in order.
+// Nothing is atomic.
+// Bytes: R and dR once per 32 rows, D once; dD once per stage.
+// Flops: 2 f n G^2 b forward, 2 f^2 n G^2 b backward: a few thousandths of a layer of 8192 tokens.
 #include "cuda/blocks.h"
 #include "cuda/tiles.h"
 
@@ -16,63 +17,80 @@ namespace peftkern::cuda {
 
 constexpr int kStageThreads = 256, kStageRows = 32, kThreadRows = 8;
 
-// Stage s of the butterfly on G columns: which numbers of which block meet in a column.
+// Division of numbers below 2^16 by one of them, two instructions where the compiler would take twenty.
+struct Divisor {
+  unsigned n, inverse;
+  __device__ explicit Divisor(int n) : n(n), inverse(0xffffffffu / unsigned(n) + 1) {}
+  __device__ int of(int i) const { return n == 1 ? i : int(__umulhi(i, inverse)); }
+};
+
+// A stage on G columns: which numbers of which block meet in a column.
 struct Stage {
   int b, s;
-  __device__ int chunk() const { return b << s; }
-  // First column of the lower half of block j; number k >= b / 2 of a block lies chunk / 2 further than k - b / 2.
-  __device__ int first(int j) const { return (j >> s) * chunk() + (j & ((1 << s) - 1)) * (b / 2); }
-  __device__ int column(int j, int k) const { return first(j) + (k < b / 2 ? k : chunk() / 2 + k - b / 2); }
-  // Block and number of a column.
-  __device__ int2 of(int column) const {
-    const int within = column % chunk(), upper = within >= chunk() / 2, rest = within - upper * (chunk() / 2);
-    return make_int2((column / chunk() << s) + rest / (b / 2), upper * (b / 2) + rest % (b / 2));
-  }
+  // First column of the lower half of block j; the upper half lies distance() further.
+  __device__ int first(int j) const { return (j >> s) * (b << s) + (j & ((1 << s) - 1)) * (b / 2); }
+  __device__ int distance() const { return b / 2 << s; }
+  __device__ int column(int j, int k) const { return first(j) + (k < b / 2 ? k : distance() + k - b / 2); }
 };
 
 template <typename T>
 struct StageMemory {
+  // Of rows, odd so that lanes of several rows meet no bank twice, and known to the compiler for their addresses.
+  static constexpr int kStride = (sizeof(T) == 8 ? 64 : kMaxGroup) + 1;
   int G, b;
+  Divisor by_G, by_b, by_half;
   T *blocks, *tiles;
 
-  __device__ StageMemory(T* shared, int G, int b) : G(G), b(b), blocks(shared), tiles(shared + G * (b + 1)) {}
-  // Blocks lie b (b + 1) apart and rows G + 1, so that lanes of several blocks and rows meet no bank twice.
+  __device__ StageMemory(T* shared, int G, int b)
+      : G(G), b(b), by_G(G), by_b(b), by_half(b / 2), blocks(shared), tiles(shared + G * (b + 1)) {}
+  // Blocks lie b (b + 1) apart, so that lanes of several blocks meet no bank twice.
   __device__ int block(int j) const { return j * b * (b + 1); }
-  __device__ T* tile(int i) const { return tiles + i * kStageRows * (G + 1); }
-  static int bytes(int G, int b, int tiles) { return (G * (b + 1) + tiles * kStageRows * (G + 1)) * int(sizeof(T)); }
+  __device__ T* tile(int i) const { return tiles + i * kStageRows * kStride; }
+  static int bytes(int G, int b, int tiles) { return (G * (b + 1) + tiles * kStageRows * kStride) * int(sizeof(T)); }
 
   // The blocks of one stage of one group, or their transposes; all threads wait before and after.
   __device__ void load(const T* R, bool transpose) {
     __syncthreads();
     for (int i = threadIdx.x; i < G * b; i += kStageThreads) {
-      const int row = i / b % b, column = i % b;
-      blocks[block(i / (b * b)) + (transpose ? column * b + row : row * b + column)] = R[i];
+      const int row = by_b.of(i), column = i - row * b, j = by_b.of(row), within = row - j * b;
+      blocks[block(j) + (transpose ? column * b + within : within * b + column)] = R[i];
     }
     __syncthreads();
+  }
+
+  // f(row, column) into each place of a tile.
+  template <typename F>
+  __device__ void fill(T* to, const F& f) const {
+    for (int row = threadIdx.x / 32; row < kStageRows; row += kStageThreads / 32) {
+#pragma unroll 1
+      for (int column = threadIdx.x % 32; column < G; column += 32) to[row * kStride + column] = f(row, column);
+    }
+  }
+  // Rows row0 .. row0 + 31 of the identity.
+  __device__ void identity(T* to, int row0) const {
+    fill(to, [&](int row, int column) { return T(row0 + row == column); });
   }
 
   // to = from times the stage that was loaded.
   __device__ void apply(const T* from, T* to, Stage stage) const {
     for (int item = threadIdx.x; item < G * (kStageRows / kThreadRows); item += kStageThreads) {
-      const int column = item % G, row0 = item / G * kThreadRows;
-      const int2 at = stage.of(column);
-      const T* R = blocks + block(at.x) + at.y;
+      const int rows = by_G.of(item), column = item - rows * G, unit = by_half.of(column);
+      const int j = (unit >> (stage.s + 1) << stage.s) + (unit & ((1 << stage.s) - 1));
+      const int number = (unit >> stage.s & 1) * (b / 2) + column - unit * (b / 2);
+      const T* R = blocks + block(j) + number;
+      const int place = rows * kThreadRows * kStride;
       T sum[kThreadRows] = {};
-      for (int k = 0; k < b; k++) {
-        const T r = R[k * b];
-        const T* v = from + row0 * (G + 1) + stage.column(at.x, k);
+      for (int half = 0; half < 2; half++) {
+        const T* v = from + place + stage.first(j) + half * stage.distance();
+#pragma unroll 2
+        for (int k = 0; k < b / 2; k++, R += b, v++) {
+          const T r = *R;
 #pragma unroll
-        for (int i = 0; i < kThreadRows; i++) sum[i] += v[i * (G + 1)] * r;
+          for (int i = 0; i < kThreadRows; i++) sum[i] += v[i * kStride] * r;
+        }
       }
 #pragma unroll
-      for (int i = 0; i < kThreadRows; i++) to[(row0 + i) * (G + 1) + column] = sum[i];
-    }
-  }
-
-  // Rows row0 .. row0 + 31 of the identity.
-  __device__ void identity(T* to, int row0) const {
-    for (int i = threadIdx.x; i < kStageRows * G; i += kStageThreads) {
-      to[i / G * (G + 1) + i % G] = row0 + i / G == i % G ? 1 : 0;
+      for (int i = 0; i < kThreadRows; i++) to[place + i * kStride + column] = sum[i];
     }
   }
 };
@@ -81,6 +99,7 @@ template <typename T>
 __global__ void __launch_bounds__(kStageThreads) butterfly_product_kernel(const __grid_constant__ Stages a) {
   extern __shared__ __align__(16) char shared[];
   const int G = a.b << (a.f - 1), group = blockIdx.x, row0 = blockIdx.y * kStageRows;
+  constexpr int kStride = StageMemory<T>::kStride;
   StageMemory<T> memory(reinterpret_cast<T*>(shared), G, a.b);
   const T* R = static_cast<const T*>(a.R) + int64_t(group) * G * a.b;
   memory.identity(memory.tile(0), row0);
@@ -91,33 +110,35 @@ __global__ void __launch_bounds__(kStageThreads) butterfly_product_kernel(const 
   __syncthreads();
   T* D = static_cast<T*>(a.D) + int64_t(group) * G * G;
   const T* result = memory.tile(a.f % 2);
-  for (int i = threadIdx.x; i < kStageRows * G; i += kStageThreads) {
-    if (row0 + i / G < G) D[row0 * G + i] = result[i / G * (G + 1) + i % G];
+  for (int row = threadIdx.x / 32; row < min(kStageRows, G - row0); row += kStageThreads / 32) {
+#pragma unroll 1
+    for (int column = threadIdx.x % 32; column < G; column += 32) {
+      D[(row0 + row) * G + column] = result[row * kStride + column];
+    }
   }
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kStageThreads) butterfly_product_backward_kernel(const __grid_constant__ Stages a) {
   extern __shared__ __align__(16) char shared[];
-  constexpr int kGroup = sizeof(T) == 8 ? 64 : kMaxGroup;       // what fits the shared memory of every device
-  constexpr int kMost = kGroup * (kGroup / 2) / kStageThreads;  // entries of dR per thread
   const int G = a.b << (a.f - 1), group = blockIdx.x, stage = blockIdx.y, count = G * a.b;
+  constexpr int kStride = StageMemory<T>::kStride;
   StageMemory<T> memory(reinterpret_cast<T*>(shared), G, a.b);
   const T* R = static_cast<const T*>(a.R) + int64_t(group) * count;
   const int64_t stage_stride = int64_t(a.n) * count, chunk_stride = int64_t(a.n) * G * G;
-  T sum[kMost] = {};
+  T* dR = static_cast<T*>(a.dR) + stage * stage_stride + int64_t(group) * count;
   for (int row0 = 0; row0 < G; row0 += kStageRows) {
     __syncthreads();
     const T* dD = static_cast<const T*>(a.dD) + (int64_t(group) * G + row0) * G;
     int g = 0;
-    for (int i = threadIdx.x; i < kStageRows * G; i += kStageThreads) {
+    memory.fill(memory.tile(g), [&](int row, int column) {
       T total = 0;
-      if (row0 + i / G < G) {
-#pragma unroll 4
-        for (int c = 0; c < a.chunks; c++) total += dD[c * chunk_stride + i];
+      if (row0 + row < G) {
+#pragma unroll 8
+        for (int c = 0; c < a.chunks; c++) total += dD[c * chunk_stride + row * G + column];
       }
-      memory.tile(g)[i / G * (G + 1) + i % G] = total;
-    }
+      return total;
+    });
     for (int s = 0; s < stage; s++, g ^= 1) {
       memory.load(R + s * stage_stride, true);
       memory.apply(memory.tile(g), memory.tile(g ^ 1), {a.b, s});
@@ -133,22 +154,16 @@ __global__ void __launch_bounds__(kStageThreads) butterfly_product_backward_kern
     }
     __syncthreads();
     const Stage at{a.b, stage};
-#pragma unroll
-    for (int e = 0; e < kMost; e++) {
-      const int i = threadIdx.x + e * kStageThreads;
-      if (i >= count) break;
-      const int j = i / (a.b * a.b), k = i / a.b % a.b;
-      const T* left = memory.tile(u) + at.column(j, k);
-      const T* right = memory.tile(g) + at.column(j, i % a.b);
+    // Each number of dR belongs to one thread, which adds to it after every 32 rows.
+    for (int i = threadIdx.x; i < count; i += kStageThreads) {
+      const int row = memory.by_b.of(i), j = memory.by_b.of(row);
+      const T* left = memory.tile(u) + at.column(j, row - j * a.b);
+      const T* right = memory.tile(g) + at.column(j, i - row * a.b);
+      T sum = row0 == 0 ? T(0) : dR[i];
 #pragma unroll 8
-      for (int row = 0; row < kStageRows; row++) sum[e] += left[row * (G + 1)] * right[row * (G + 1)];
+      for (int m = 0; m < kStageRows; m++) sum += left[m * kStride] * right[m * kStride];
+      dR[i] = sum;
     }
-  }
-  T* dR = static_cast<T*>(a.dR) + stage * stage_stride + int64_t(group) * count;
-#pragma unroll
-  for (int e = 0; e < kMost; e++) {
-    const int i = threadIdx.x + e * kStageThreads;
-    if (i < count) dR[i] = sum[e];
   }
 }
 

@@ -86,8 +86,9 @@ class Groups:
         runs = over(G, _STAGE_ROWS)
         partial, stages = 4 * chunks * n * G * G, 4 * f * n * G * b
         flops = {"fp32": 2 * n * f * runs * _STAGE_ROWS * f * G * b + f * n * chunks * G * G}
-        read = f * partial + runs * (f - 1) * stages
-        return [Launch("butterfly_product_backward_kernel", read, stages, partial + 2 * stages, flops, n * f)]
+        read = f * partial + (runs * f - 1) * stages
+        unique = partial + 2 * stages
+        return [Launch("butterfly_product_backward_kernel", read, runs * stages, unique, flops, n * f)]
 
 
 def summed(count, terms):
