@@ -31,12 +31,36 @@ def _flops(dtype, **products):
     return flops
 
 
-def rotate(family, dtype, M, K, b, shared=False, terms=1, written_size=None):
+def _wide_rotate(family, dtype, M, K, b, shared, terms):
+    s, (BM, BC, _) = dtype.itemsize, tiles.wide(family, dtype)
+    chunks, programs = _over(b, BC), _over(M, BM)
+    R, rows = 4 * K * b, M * K * s
+    flops = {_KINDS[dtype]: _ROTATED[s] * 2 * programs * BM * K // b * (chunks * BC) ** 2}
+    unique = rows * (1 + terms) + (4 * b * b if shared else R)
+    return Launch(
+        "wide_rotate_kernel", chunks * rows + programs * R, terms * rows, unique, flops, programs * K // b * chunks
+    )
+
+
+def _wide_sums(family, dtype, M, K, b):
+    """(launch, numbers in all partial sums)."""
+    s, (BM, BC, _) = dtype.itemsize, tiles.wide(family, dtype)
+    chunks = _over(b, BC)
+    programs = K // b * chunks**2
+    splits, _ = tiles.splits(family, 2, BM, programs, M)
+    rows, partial = 2 * M * K * s, splits * K * b
+    flops = {_KINDS[dtype]: _SUMMED[s] * 2 * _padded(M, BM) * K // b * (chunks * BC) ** 2}
+    return Launch("wide_sums_kernel", chunks * rows, 4 * partial, rows + 4 * partial, flops, programs * splits), partial
+
+
+def rotate(family, dtype, M, K, b, shared=False, terms=1):
     """x R, written in `terms` terms."""
+    if b > tiles.PANEL_MOST[dtype]:
+        return _wide_rotate(family, dtype, M, K, b, shared, terms)
     s, tile = dtype.itemsize, tiles.tile(family, dtype, b)
     panels = _over(K, tile.width)
-    splits, _ = tiles.splits(family, tile, panels, M)
-    R, written = 4 * K * b, terms * M * K * (written_size or s)
+    splits, _ = tiles.splits(family, tile.programs, tile.rows, panels, M)
+    R, written = 4 * K * b, terms * M * K * s
     square = 2 * panels * _padded(M, tile.rows) * tile.panel**2 * repeated(tile.rows, tile.panel, tile.warps)
     flops = _flops(dtype, flops=_ROTATED[s] * square, flags=square * (tile.width > b))
     unique = M * K * s + (4 * b * b if shared else R) + written
@@ -44,13 +68,17 @@ def rotate(family, dtype, M, K, b, shared=False, terms=1, written_size=None):
 
 
 def rotate_backward(family, dtype, M, K, b, shared=False, mask=None):
-    """dx and partial sums of dR; (launch, numbers in all partial sums)."""
+    """dx and partial sums of dR; (launches, numbers in all partial sums)."""
     want_dx, want_dR = mask or (True, True)
+    if b > tiles.PANEL_MOST[dtype]:
+        sums, partial = _wide_sums(family, dtype, M, K, b)
+        dx = [_wide_rotate(family, dtype, M, K, b, shared, 1)] if want_dx else []
+        return (dx + [sums], partial) if want_dR else (dx, 0)
     s, tile = dtype.itemsize, tiles.tile(family, dtype, b)
     panels = _over(K, tile.width)
     each = tiles.panels_per_program(panels) if shared else 1
     programs = _over(panels, each)
-    splits, _ = tiles.splits(family, tile, programs, M)
+    splits, _ = tiles.splits(family, tile.programs, tile.rows, programs, M)
     R = 4 * (programs * tile.width if shared else K) * b
     rows, partial = M * K * s, splits * R * want_dR
     read, written = rows * (1 + want_dR) + splits * R * want_dx, rows * want_dx + partial
@@ -60,7 +88,7 @@ def rotate_backward(family, dtype, M, K, b, shared=False, mask=None):
     summed = square * (1 if tile.rows == 16 else repeated(tile.panel, tile.panel, tile.warps)) * want_dR
     flops = _flops(dtype, flops=_ROTATED[s] * rotated + _SUMMED[s] * summed, flags=rotated * (tile.width > b))
     unique = rows * (1 + want_dR) + (4 * b * b if shared else R) * want_dx + written
-    return Launch("rotate_backward_kernel", read, written, unique, flops, programs * splits), partial // 4
+    return [Launch("rotate_backward_kernel", read, written, unique, flops, programs * splits)], partial // 4
 
 
 def _maps(K, b):
@@ -117,9 +145,9 @@ def launches(op, *, M, K, N, b, dtype, family, shared=False, terms=5, mask=None)
     if op == "block_rotate":
         return [rotate(family, dtype, M, K, b, shared)]
     if op == "block_rotate_backward":
-        launch, partial = rotate_backward(family, dtype, M, K, b, shared, mask)
+        rotated, partial = rotate_backward(family, dtype, M, K, b, shared, mask)
         n = stored * b
-        return [launch] if partial <= n else [launch, _reduce(n, partial // n)]
+        return rotated if partial <= n else [*rotated, _reduce(n, partial // n)]
     half = dtype.itemsize == 2
     if op == "block_rotated_linear" and half:
         product = _library("z_l W^T", M, N, K, dtype)

@@ -1,4 +1,4 @@
-"""Triton backend of the `block_rotation` operations: NVIDIA, AMD and Intel devices, blocks of up to 64 or 128 columns.
+"""Triton backend of the `block_rotation` operations: NVIDIA, AMD and Intel devices, blocks of up to 512 columns.
 
 Half-precision rows are read in place and rounded once; sums over rows are cut by the closed table of triton_tiles.py
 and added in order, so that two calls give the same bits.
@@ -27,29 +27,28 @@ def available():
     return _triton.available()
 
 
-def serves_columns(dtype, columns, *args):
-    """`(ok, reason)` for the tensors of a call and the columns that meet in one product."""
+def serves_columns(most, columns, *args):
+    """`(ok, reason)` for the tensors of a call and the columns that mix."""
     ok, reason = _triton.serves(*(t for t in args if isinstance(t, torch.Tensor)))
-    if ok and columns > tiles.MAX_BLOCK[dtype]:
-        return False, f"serves up to {tiles.MAX_BLOCK[dtype]} mixed columns of {dtype}; this call has {columns}"
+    if ok and columns > most:
+        return False, f"serves up to {most} columns that mix; this call has {columns}"
     return ok, reason
 
 
 def supports(name, *args):
-    """`(ok, reason)` for one kind of call; b is bounded by the product of one tile."""
-    return serves_columns(*_mixed[name](*args), *args)
+    """`(ok, reason)` for one kind of call; b is bounded, of blocks that are made by the product of one tile."""
+    return serves_columns(tiles.MAP_MOST if name.startswith("skew") else tiles.MOST, _columns[name](*args), *args)
 
 
-# The dtype of a product of blocks, and b.
-_mixed = {
-    "skew_polynomial": lambda q, coefficients: (torch.float64, block_size(q.shape[1])),
-    "skew_polynomial_backward": lambda dR, q, coefficients: (torch.float64, dR.shape[1]),
-    "skew_cayley": lambda q: (torch.float64, block_size(q.shape[1])),
-    "skew_cayley_backward": lambda dR, R: (torch.float64, R.shape[1]),
-    "block_rotate": lambda x, R, transpose: (x.dtype, R.shape[1]),
-    "block_rotate_backward": lambda dz, x, R, *_: (x.dtype, R.shape[1]),
-    "block_rotated_linear": lambda x, weight, bias, R: (x.dtype, R.shape[1]),
-    "block_rotated_linear_backward": lambda dy, x, weight, R, output_mask: (x.dtype, R.shape[1]),
+_columns = {
+    "skew_polynomial": lambda q, coefficients: block_size(q.shape[1]),
+    "skew_polynomial_backward": lambda dR, q, coefficients: dR.shape[1],
+    "skew_cayley": lambda q: block_size(q.shape[1]),
+    "skew_cayley_backward": lambda dR, R: R.shape[1],
+    "block_rotate": lambda x, R, transpose: R.shape[1],
+    "block_rotate_backward": lambda dz, x, R, *_: R.shape[1],
+    "block_rotated_linear": lambda x, weight, bias, R: R.shape[1],
+    "block_rotated_linear_backward": lambda dy, x, weight, R, output_mask: R.shape[1],
 }
 
 
@@ -126,10 +125,18 @@ def rotate_to(x, R, transpose, terms, z, stride, step=0):
     M = x.numel() // K
     if M == 0:
         return z
-    (x_rows, x_stride), family = rows(x, K), _triton.family()
-    tile = tiles.tile(family, x.dtype, R.shape[1])
+    (x_rows, x_stride), family, b = rows(x, K), _triton.family(), R.shape[1]
+    if b > tiles.PANEL_MOST[x.dtype]:
+        BM, BC, warps = tiles.wide(family, x.dtype)
+        with _triton.guard(x):
+            _kernels().wide_rotate_kernel[(K // b * _cdiv(b, BC), _cdiv(M, BM))](
+                x_rows, R, z, M, K, x_stride, stride, step, b, BM, BC, len(R) == 1, transpose, terms,
+                _aligned(K, x_stride, stride), num_warps=warps, num_stages=1,
+            )  # fmt: skip
+        return z
+    tile = tiles.tile(family, x.dtype, b)
     panels = _cdiv(K, tile.width)
-    splits, per_split = tiles.splits(family, tile, panels, M)
+    splits, per_split = tiles.splits(family, tile.programs, tile.rows, panels, M)
     with _triton.guard(x):
         _kernels().rotate_kernel[(panels, splits)](
             x_rows, R, z, M, K, x_stride, stride, step, per_split, R.shape[1], tile.width, tile.panel, tile.rows,
@@ -141,12 +148,15 @@ def rotate_to(x, R, transpose, terms, z, stride, step=0):
 def rotate_backward(dz, x, R, transpose, output_mask):
     """dx, and dR as partial sums [count, *R.shape], each None where it is not wanted."""
     (want_dx, want_dR), K, R = output_mask, x.shape[-1], R.contiguous()
+    if R.shape[1] > tiles.PANEL_MOST[x.dtype]:
+        dx = rotate_to(dz, R, not transpose, 1, like_rows(x), K) if want_dx else None
+        return dx, _wide_sums(*((dz, x) if transpose else (x, dz)), R) if want_dR else None
     (x_rows, x_stride), (dz_rows, dz_stride), M = rows(x, K), rows(dz, K), x.numel() // K
     tile, shared = tiles.tile(_triton.family(), x.dtype, R.shape[1]), len(R) == 1
     panels = _cdiv(K, tile.width)
     each = tiles.panels_per_program(panels) if shared else 1
     programs = _cdiv(panels, each)
-    splits, per_split = tiles.splits(_triton.family(), tile, programs, M)
+    splits, per_split = tiles.splits(_triton.family(), tile.programs, tile.rows, programs, M)
     dx, partial = like_rows(x) if want_dx else None, None
     if want_dR:
         count = splits * programs * (tile.width // R.shape[1]) if shared else splits
@@ -158,6 +168,22 @@ def rotate_backward(dz, x, R, transpose, output_mask):
             _aligned(K, dz_stride, x_stride), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return dx, partial
+
+
+def _wide_sums(left, right, R):
+    """Partial sums [count, *R.shape] of left^T right, block by block."""
+    K, b = left.shape[-1], R.shape[1]
+    (a, a_stride), (c, c_stride), M = rows(left, K), rows(right, K), left.numel() // K
+    BM, BC, warps = tiles.wide(_triton.family(), left.dtype)
+    programs = K // b * _cdiv(b, BC) ** 2
+    splits, per_split = tiles.splits(_triton.family(), 2, BM, programs, M)
+    partial = R.new_empty(splits * (K // b) // len(R), *R.shape)
+    with _triton.guard(left):
+        _kernels().wide_sums_kernel[(programs, splits)](
+            a, c, partial, M, K, a_stride, c_stride, per_split, b, BM, BC, _aligned(K, a_stride, c_stride),
+            num_warps=warps, num_stages=1,
+        )  # fmt: skip
+    return partial
 
 
 def block_rotate(x, R, transpose):

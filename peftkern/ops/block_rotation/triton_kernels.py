@@ -161,6 +161,61 @@ def rotate_backward_kernel(
 
 
 @triton.jit
+def wide_rotate_kernel(
+    p_x, p_r, p_z, M, K, s_x, s_z, step_z,
+    B: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, SHARED: tl.constexpr, TRANSPOSE: tl.constexpr,
+    TERMS: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """rotate_kernel for blocks that no panel holds: BC columns of z per program, from all columns of their block.
+
+    Launch: (K / B * B / BC, M / BM). Bytes: x B / BC times, R M / BM times (from L2), z once. Flops: those of a panel.
+    """
+    K, s_x, s_z = _eights(K, ALIGNED), _eights(s_x, ALIGNED), _eights(s_z, ALIGNED)
+    chunks: tl.constexpr = (B + BC - 1) // BC
+    i_b = tl.program_id(0) // chunks
+    o_m = (tl.program_id(1) * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
+    o_j = tl.program_id(0) % chunks * BC + tl.arange(0, BC)[None, :]
+    p_r += 0 if SHARED else i_b.to(tl.int64) * (B * B)
+    p_x += o_m * s_x + i_b * B
+    b_z = tl.zeros((BM, BC), p_r.dtype.element_ty)
+    for k in range(0, B, BC):
+        o_k = k + tl.arange(0, BC)
+        b_x = tl.load(p_x + o_k[None, :], mask=(o_m < M) & (o_k[None, :] < B), other=0.0)
+        o_r = o_j * B + o_k[:, None] if TRANSPOSE else o_k[:, None] * B + o_j
+        b_z += _product(b_x, tl.load(p_r + o_r, mask=(o_k[:, None] < B) & (o_j < B), other=0.0))
+    mask = (o_m < M) & (o_j < B)
+    p_zs = p_z + o_m * s_z + i_b * B + o_j
+    b_high = b_z.to(p_z.dtype.element_ty)
+    tl.store(p_zs, b_high, mask=mask)
+    if TERMS > 1:
+        tl.store(p_zs + step_z, (b_z - b_high.to(b_z.dtype)).to(b_high.dtype), mask=mask)
+
+
+@triton.jit
+def wide_sums_kernel(
+    p_a, p_b, p_dr, M, K, s_a, s_b, per_split,
+    B: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Partial sums [splits, K/B, B, B] of a^T b, block by block, [BC, BC] per program.
+
+    Launch: (K / B * (B / BC)^2, splits). Bytes: a and b B / BC times. Flops: 2 MKB.
+    """
+    K, s_a, s_b = _eights(K, ALIGNED), _eights(s_a, ALIGNED), _eights(s_b, ALIGNED)
+    chunks: tl.constexpr = (B + BC - 1) // BC
+    i_b, i_c = tl.program_id(0) // (chunks * chunks), tl.program_id(0) % (chunks * chunks)
+    o_i, o_j = i_c // chunks * BC + tl.arange(0, BC), i_c % chunks * BC + tl.arange(0, BC)
+    b_dr = tl.zeros((BC, BC), p_dr.dtype.element_ty)
+    begin = tl.program_id(1) * per_split
+    for m in range(begin, tl.minimum(begin + per_split, M), BM):
+        o_m = (m + tl.arange(0, BM)).to(tl.int64)[:, None]
+        b_a = tl.load(p_a + o_m * s_a + i_b * B + o_i[None, :], mask=(o_m < M) & (o_i[None, :] < B), other=0.0)
+        b_b = tl.load(p_b + o_m * s_b + i_b * B + o_j[None, :], mask=(o_m < M) & (o_j[None, :] < B), other=0.0)
+        b_dr += dot(b_a, b_b, tl.zeros((BC, BC), b_dr.dtype), True)
+    p_dr += (tl.program_id(1) * (K // B) + i_b).to(tl.int64) * (B * B) + o_i[:, None] * B + o_j[None, :]
+    tl.store(p_dr, b_dr, mask=(o_i[:, None] < B) & (o_j[None, :] < B))
+
+
+@triton.jit
 def linear_kernel(
     p_z, p_w, p_s, p_b, p_y, p_p, M, N, K, s_w, step_z,
     WITH_S: tl.constexpr, WITH_B: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,

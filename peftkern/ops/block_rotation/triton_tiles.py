@@ -8,8 +8,9 @@ import torch
 
 from peftkern.ops.householder import triton_tiles
 
-# Columns of a block, or of a butterfly's group, that one product takes: what a program holds in registers of R.
-MAX_BLOCK = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 64, torch.float64: 64}
+# Columns of a block, or of a butterfly's group, whose R a program holds in registers; and what is served at all.
+PANEL_MOST = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 64, torch.float64: 64}
+MOST, MAP_MOST = 512, 64
 PANEL = 32  # the least width of a panel: 64 bytes of a half-precision row
 
 
@@ -38,15 +39,21 @@ def tile(family, dtype, b):
     return Tile(panel, width, 64, 4, stages, programs)
 
 
+def wide(family, dtype):
+    """(rows, columns, warps) of a product where blocks are wider than a panel."""
+    if dtype is torch.float64:
+        return 32, 32, 4
+    return (32 if dtype is torch.float32 and family in ("sm80", "sm86") else 64), 64, 4
+
+
 def _over(a, b):
     return -(-a // b)
 
 
-def splits(family, tile, programs, M):
-    """Ranges of rows, and the rows of each, that keep every multiprocessor busy, all of them at a time."""
-    wanted = tile.programs * triton_tiles._PROGRAMS[family]
-    count = max(1, min(wanted // programs, _over(M, tile.rows)))
-    per_split = _over(_over(M, count), tile.rows) * tile.rows
+def splits(family, each, rows, programs, M):
+    """Ranges of rows, and the rows of each, that keep every multiprocessor busy with `each` programs at a time."""
+    count = max(1, min(each * triton_tiles._PROGRAMS[family] // programs, _over(M, rows)))
+    per_split = _over(_over(M, count), rows) * rows
     return _over(M, per_split), per_split
 
 

@@ -18,36 +18,38 @@ def _through_stages(K, b, f):
     """Bytes that rows of K / G matrices [G, G] read on their way through f - 1 stages."""
     G, groups, P = _group(K, b, f)
     # R's rows are read by every thread for its columns, four or fewer.
-    of_R = 4 * 128 * min(4, backend.ROWS * P // 128)
-    return (f - 1) * b * groups * (4 * G * G + _over(G, backend.ROWS) * of_R)
+    of_R = 4 * 128 * min(4, backend.rows_of_group(P) * P // 128)
+    return (f - 1) * b * groups * (4 * G * G + _over(G, backend.rows_of_group(P)) * of_R)
 
 
 def _stages(K, b, f):
     G, groups, P = _group(K, b, f)
-    R, V, programs = 4 * f * K * b, 4 * f * K * G, groups * _over(G, backend.ROWS)
+    R, V, programs = 4 * f * K * b, 4 * f * K * G, groups * _over(G, backend.rows_of_group(P))
     # Columns are padded; rows beyond the group are computed, too.
-    flops = {"fp32": 2 * (f - 1) * b * programs * backend.ROWS * P}
+    flops = {"fp32": 2 * (f - 1) * b * programs * backend.rows_of_group(P) * P}
     return Launch("stages_kernel", _through_stages(K, b, f) + R // f, V, R + 2 * V - V // f, flops, programs)
 
 
 def _gradient_of_blocks(K, b, f, partial):
     G, groups, P = _group(K, b, f)
-    R, D, programs = 4 * f * K * b, 4 * K * G, groups * _over(G, backend.ROWS)
+    R, D, programs = 4 * f * K * b, 4 * K * G, groups * _over(G, backend.rows_of_group(P))
     sums = partial // (K * G) - 1
-    flops = {"fp32": (2 * (f - 1) * b + sums) * programs * backend.ROWS * P}
+    flops = {"fp32": (2 * (f - 1) * b + sums) * programs * backend.rows_of_group(P) * P}
     through = Launch(
         "stages_backward_kernel", 4 * partial + _through_stages(K, b, f), f * D,
         4 * partial + R // f * (f - 1) + (2 * f - 1) * D, flops, programs,
     )  # fmt: skip
-    depth = _over(G, min(P, 32)) * min(P, 32)
-    products = {"tensor_bf16": 6 * blocks.repeated(P, P, backend.warps(P)) * 2 * groups * f * P * P * depth}
+    depth, columns = _over(G, min(P, 32)) * min(P, 32), min(P, backend.COLUMNS)
+    chunks, once = _over(G, columns), blocks.repeated(columns, columns, backend.warps(columns))
+    products = {"tensor_bf16": 12 * once * groups * f * (chunks * columns) ** 2 * depth}
     read = (2 * f - 1) * D
-    return [through, Launch("blocks_gradient_kernel", read, R, read + R, products, groups * f)]
+    blocks_of = Launch("blocks_gradient_kernel", chunks * read, R, read + R, products, groups * f * chunks**2)
+    return [through, blocks_of]
 
 
 def _scale_splits(family, M, N):
     panels = _over(N, tiles.SCALE.width)
-    return panels, tiles.splits(family, tiles.SCALE, panels, M)[0]
+    return panels, tiles.splits(family, tiles.SCALE.programs, tiles.SCALE.rows, panels, M)[0]
 
 
 def _scale(family, dtype, M, N):
@@ -74,10 +76,10 @@ def _rotate(family, dtype, M, K, b, f, terms=1):
 def _rotate_backward(family, dtype, M, K, b, f, mask):
     _, want_dR = mask
     G = b << (f - 1)
-    rotate, partial = blocks.rotate_backward(family, dtype, M, K, G, K == G, mask)
+    rotated, partial = blocks.rotate_backward(family, dtype, M, K, G, K == G, mask)
     if f == 1:
-        return [rotate, _reduce(K * b, partial // (K * b))] if partial > K * b else [rotate]
-    return [_stages(K, b, f), rotate, *(_gradient_of_blocks(K, b, f, partial) if want_dR else ())]
+        return [*rotated, _reduce(K * b, partial // (K * b))] if partial > K * b else rotated
+    return [_stages(K, b, f), *rotated, *(_gradient_of_blocks(K, b, f, partial) if want_dR else ())]
 
 
 def launches(op, *, M, K, N, b, f, dtype, family, mask=None):

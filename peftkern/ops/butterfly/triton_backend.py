@@ -1,4 +1,4 @@
-"""Triton backend of the `butterfly` operations: NVIDIA, AMD and Intel devices, groups of up to 64 or 128 columns.
+"""Triton backend of the `butterfly` operations: NVIDIA, AMD and Intel devices, groups of up to 512 columns.
 
 The stages of a group are multiplied out, [G, G] per group, and rows are rotated by block_rotation's kernels with that
 matrix as their block: x is read once and z written once whatever f is. Two calls give the same bits.
@@ -16,7 +16,7 @@ from peftkern.ops.block_rotation import triton_backend as blocks
 from peftkern.ops.block_rotation import triton_tiles as tiles
 from peftkern.ops.block_rotation.triton_backend import _aligned, _cdiv
 
-ROWS = 16  # of a group, per program that takes them through the stages
+COLUMNS = 64  # of two groups, at most, that a product of them takes
 
 
 @functools.cache
@@ -29,8 +29,9 @@ def available():
 
 
 def supports(name, *args):
-    """`(ok, reason)` for one kind of call; the group b 2^(f-1) is bounded by the product of one tile."""
-    return blocks.serves_columns(*_mixed[name](*args), *args)
+    """`(ok, reason)` for one kind of call; the group b 2^(f-1) is bounded, as block_rotation's block."""
+    most = tiles.MAP_MOST if name.startswith("dense") else tiles.MOST
+    return blocks.serves_columns(most, _columns[name](*args), *args)
 
 
 def _group(R):
@@ -38,16 +39,15 @@ def _group(R):
     return b << (f - 1)
 
 
-# The dtype of a product of groups, and their width.
-_mixed = {
-    "dense_cayley": lambda B: (torch.float64, B.shape[-1]),
-    "dense_cayley_backward": lambda dR, R: (torch.float64, R.shape[-1]),
-    "butterfly_rotate": lambda x, R, transpose: (x.dtype, _group(R)),
-    "butterfly_rotate_backward": lambda dz, x, R, *_: (x.dtype, _group(R)),
-    "butterfly_rotated_linear": lambda x, weight, bias, scale, R: (x.dtype, _group(R)),
-    "butterfly_rotated_linear_backward": lambda dy, x, weight, scale, p, R, *_: (x.dtype, _group(R)),
-    "scale_outputs": lambda y, *_: (y.dtype, 1),
-    "scale_outputs_backward": lambda dy, *_: (dy.dtype, 1),
+_columns = {
+    "dense_cayley": lambda B: B.shape[-1],
+    "dense_cayley_backward": lambda dR, R: R.shape[-1],
+    "butterfly_rotate": lambda x, R, transpose: _group(R),
+    "butterfly_rotate_backward": lambda dz, x, R, *_: _group(R),
+    "butterfly_rotated_linear": lambda x, weight, bias, scale, R: _group(R),
+    "butterfly_rotated_linear_backward": lambda dy, x, weight, scale, p, R, *_: _group(R),
+    "scale_outputs": lambda *_: 1,
+    "scale_outputs_backward": lambda *_: 1,
 }
 
 
@@ -68,6 +68,11 @@ def _sizes(R):
     return n >> (f - 1), f, b, G, max(16, 1 << (G - 1).bit_length())
 
 
+def rows_of_group(P):
+    """Rows of a group, padded to P columns, that one program takes through the stages."""
+    return min(16, 2048 // P)
+
+
 def warps(P):
     """Of a product [P, P] of two groups."""
     return 4 if P < 64 else 8
@@ -79,7 +84,9 @@ def _stages(R):
     if f == 1:
         return R
     V = R.new_empty(f, groups, G, G)
-    _kernels().stages_kernel[(groups, _cdiv(G, ROWS))](R, V, groups, f, b, G, P, ROWS, num_warps=4, num_stages=1)
+    _kernels().stages_kernel[(groups, _cdiv(G, rows_of_group(P)))](
+        R, V, groups, f, b, G, P, rows_of_group(P), num_warps=4, num_stages=1
+    )
     return V
 
 
@@ -89,11 +96,12 @@ def _gradient_of_blocks(partial, V, R):
     if f == 1:
         return blocks.gathered(partial)[None]
     H, dR = torch.empty_like(V), torch.empty_like(R)
-    _kernels().stages_backward_kernel[(groups, _cdiv(G, ROWS))](
-        R, partial, H, groups, len(partial), f, b, G, P, ROWS, num_warps=4, num_stages=1
+    _kernels().stages_backward_kernel[(groups, _cdiv(G, rows_of_group(P)))](
+        R, partial, H, groups, len(partial), f, b, G, P, rows_of_group(P), num_warps=4, num_stages=1
     )
-    _kernels().blocks_gradient_kernel[(groups, f)](
-        V, H, dR, groups, f, b, G, P, min(P, 32), num_warps=warps(P), num_stages=1
+    columns = min(P, COLUMNS)
+    _kernels().blocks_gradient_kernel[(groups, f, _cdiv(G, columns) ** 2)](
+        V, H, dR, groups, f, b, G, columns, min(P, 32), num_warps=warps(columns), num_stages=1
     )
     return dR
 
@@ -121,7 +129,7 @@ def butterfly_rotate_backward(dz, x, R, transpose, output_mask):
 
 def _scale_grid(M, N):
     panels = _cdiv(N, tiles.SCALE.width)
-    splits, per_split = tiles.splits(_triton.family(), tiles.SCALE, panels, M)
+    splits, per_split = tiles.splits(_triton.family(), tiles.SCALE.programs, tiles.SCALE.rows, panels, M)
     return (panels, splits), per_split
 
 

@@ -105,24 +105,30 @@ def stages_backward_kernel(
 
 @triton.jit
 def blocks_gradient_kernel(
-    p_v, p_h, p_dr, groups, F: tl.constexpr, B: tl.constexpr, G: tl.constexpr, P: tl.constexpr, BR: tl.constexpr
-):
-    """dR_s [F, K/B, B, B] = the blocks of V_(s+1)^T H_s. Launch: (K / G, F). Bytes: V, H and dR once."""
+    p_v, p_h, p_dr, groups,
+    F: tl.constexpr, B: tl.constexpr, G: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """dR_s [F, K/B, B, B] = the blocks of V_(s+1)^T H_s, of BC columns of each.
+
+    Launch: (K / G, F, (G / BC)^2). Bytes: V and H G / BC times, dR once.
+    """
     i_g, s = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    o_r, o_j = tl.arange(0, BR)[:, None], tl.arange(0, P)[None, :]
+    chunks: tl.constexpr = (G + BC - 1) // BC
+    o_i = tl.program_id(2) // chunks * BC + tl.arange(0, BC)[:, None]
+    o_l = tl.program_id(2) // chunks * BC + tl.arange(0, BC)[None, :]
+    o_j = tl.program_id(2) % chunks * BC + tl.arange(0, BC)[None, :]
+    o_r = tl.arange(0, BR)[:, None]
     per_stage = groups * G * G
-    p_v += (s + 1) * per_stage + i_g * (G * G) + o_j
+    p_v += (s + 1) * per_stage + i_g * (G * G) + o_l
     p_h += s * per_stage + i_g * (G * G) + o_j
-    b_dr = tl.zeros((P, P), p_dr.dtype.element_ty)
+    b_dr = tl.zeros((BC, BC), p_dr.dtype.element_ty)
     stored = tl.where(s + 1 < F, G, 0)  # rows of V_(s+1): V_F, the identity, is not
-    for i in range(0, G, BR):
-        o_i = i + o_r
-        mask = (o_i < G) & (o_j < G)
-        b_h = tl.load(p_h + o_i * G, mask=mask, other=0.0)
-        b_v = tl.load(p_v + o_i * G, mask=mask & (o_i < stored), other=0.0)
-        b_v = tl.where((o_i == o_j) & (o_i >= stored), 1.0, b_v).to(b_h.dtype)
-        b_dr += dot(b_v, b_h, tl.zeros((P, P), b_dr.dtype), True)
-    o_i = tl.arange(0, P)[:, None]
+    for k in range(0, G, BR):
+        o_k = k + o_r
+        b_h = tl.load(p_h + o_k * G, mask=(o_k < G) & (o_j < G), other=0.0)
+        b_v = tl.load(p_v + o_k * G, mask=(o_k < stored) & (o_l < G), other=0.0)
+        b_v = tl.where((o_k == o_l) & (o_k >= stored), 1.0, b_v).to(b_h.dtype)
+        b_dr += dot(b_v, b_h, tl.zeros((BC, BC), b_dr.dtype), True)
     o_bi, o_from, _ = _place(o_i, s, B)
     o_bj, o_to, _ = _place(o_j, s, B)
     p_dr += (s * groups + i_g) * (G * B) + (o_bi * B + o_from) * B + o_to

@@ -147,10 +147,28 @@ def test_rows_with_a_stride_are_read_in_place(vm):
     assert torch.equal(z, backend.block_rotate(x, R, False))
 
 
-@pytest.mark.parametrize("dtype, b, most", ((torch.bfloat16, 130, 128), (torch.float32, 65, 64)))
-def test_blocks_wider_than_a_product_are_left_to_the_next_backend(vm, dtype, b, most):
-    x, R = torch.randn(3, 2 * b).to(dtype), torch.randn(2, b, b)
-    ok, reason = backend.supports("block_rotate", x, R, False)
-    assert not ok and reason == f"serves up to {most} mixed columns of {dtype}; this call has {b}"
-    with dispatch.use_backend("triton"), pytest.raises(RuntimeError, match=f"up to {most} mixed columns"):
-        torch.ops.peftkern.block_rotate(x, R, False)
+@pytest.mark.parametrize("op, b, most", (("block_rotate", 520, 512), ("skew_polynomial", 65, 64)))
+def test_blocks_wider_than_it_takes_are_left_to_the_next_backend(vm, op, b, most):
+    args = arguments(op, torch.bfloat16, 3, b, 1, b)
+    assert backend.supports(op, *args) == (False, f"serves up to {most} columns that mix; this call has {b}")
+    with dispatch.use_backend("triton"), pytest.raises(RuntimeError, match=f"up to {most} columns"):
+        getattr(torch.ops.peftkern, op)(*args)
+
+
+@pytest.mark.parametrize("dtype, b", ((torch.bfloat16, 160), (torch.float16, 256), (torch.float32, 100)))
+@pytest.mark.parametrize("shared, transpose", ((False, True), (True, False)))
+def test_blocks_wider_than_a_panel_are_as_accurate_and_counted(vm, dtype, b, shared, transpose):
+    M, K = 70, 2 * b
+    dz, x, R, *_ = arguments("block_rotate_backward", dtype, M, K, 1, b, shared)
+    seen = run("block_rotate", x, R, transpose), *run("block_rotate_backward", dz, x, R, transpose, BOTH)
+    args = [t.double() for t in (dz, x, R)]
+    truth = (
+        br.reference.block_rotate(*args[1:], transpose),
+        *br.reference.block_rotate_backward(*args, transpose, BOTH),
+    )
+    for ours, exact in zip(seen, truth, strict=True):
+        rounding = (exact.to(ours.dtype) - exact).norm()
+        assert (ours - exact).norm() <= 1.02 * rounding + 4e-7 * exact.norm()
+    sizes = {"M": M, "K": K, "N": 1, "b": b, "dtype": dtype, "family": "sm80", "shared": shared}
+    stated = [c for op in ("block_rotate", "block_rotate_backward") for c in costs.launches(op, "triton", **sizes)]
+    triton_launches.holds(vm.launches, stated)

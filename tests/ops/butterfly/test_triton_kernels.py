@@ -67,6 +67,7 @@ def run(op, *args):
         (torch.float16, 136, 96, 80, 6, 3),
         (torch.float32, 136, 192, 96, 4, 3),
         (torch.float32, 72, 64, 48, 2, 5),
+        (torch.float32, 40, 128, 48, 16, 4),
     ],
 )
 def test_launches_move_and_compute_what_the_costs_say(vm, op, dtype, M, K, N, b, f):
@@ -142,7 +143,7 @@ def test_only_the_wanted_gradients_are_computed(vm, op, mask):
         assert torch.equal(ours, full) if wanted else ours.numel() == 0
 
 
-def test_groups_wider_than_a_product_are_left_to_the_next_backend(vm):
-    x, R = torch.randn(3, 256).bfloat16(), torch.randn(4, 8, 32, 32)
-    with dispatch.use_backend("triton"), pytest.raises(RuntimeError, match="up to 128 mixed columns"):
+def test_groups_wider_than_it_takes_are_left_to_the_next_backend(vm):
+    x, R = torch.randn(3, 1024).bfloat16(), torch.randn(5, 16, 64, 64)
+    with dispatch.use_backend("triton"), pytest.raises(RuntimeError, match="up to 512 columns that mix"):
         torch.ops.peftkern.butterfly_rotate(x, R, False)
