@@ -10,10 +10,12 @@
 // 128 and 8 warps; D and dD together are too much for their registers, so dx and dD are two launches.
 //
 // Bytes: x once and z once, backward dz and x once and dx once (dz twice beyond 64); D twice per panel and chunk,
-// mostly from L1; partial sums 4 n G^2 per chunk, chunks as few as fill a large device. Least: 2 s M n G, backward 3 s
-// M n G, and 4 n G^2 for D and dD. Flops: 2 M n G P in two terms of half precision or three of tf32, backward as much
-// again for dD, half precision in one. Why CUDA C++: ldmatrix feeds one tile in shared memory to both products, as it
-// lies and transposed, and the blocks stay in registers over all rows.
+// mostly from L1; partial sums 4 n G^2 per chunk, chunks as few as fill a large device.
+// Least: 2 s M n G, backward 3 s M n G, and 4 n G^2 for D and dD.
+// Flops: 2 M n G P in two terms of half precision or three of tf32; backward as much again for dD, in half precision in
+// one term.
+// Why CUDA C++: ldmatrix feeds one tile in shared memory to both products, as it lies and transposed, and the blocks
+// stay in registers over all rows.
 #pragma once
 
 #include "cuda/block_mma.cuh"
