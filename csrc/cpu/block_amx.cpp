@@ -26,7 +26,7 @@ namespace PEFTKERN_ISA {
 
 constexpr int kMaxGroup = 128;            // columns of a dense matrix
 constexpr int64_t kRunNumbers = 1 << 16;  // of the matrices of a task: they stay in cache over all its rows
-constexpr int kRunRows = 256;             // rows of a task that adds nothing up
+constexpr int kRunRows = 128;             // rows of a task that adds nothing up
 
 // Whole groups of the butterfly and whole panels.
 inline int64_t group_columns(const Blocks& R) {
@@ -157,7 +157,7 @@ void rotate_tiles(const Rows& x, int64_t M, const Blocks& R, bool transpose, con
 }
 
 // Rows that one sum of dD takes: few sums, which are as large as the blocks, but tasks for many threads.
-inline int64_t rows_per_group_sum(int64_t M) { return round_up(ceil_div(M, 16) > 512 ? ceil_div(M, 16) : 512, kBlock); }
+inline int64_t rows_per_group_sum(int64_t M) { return round_up(ceil_div(M, 32) > 256 ? ceil_div(M, 32) : 256, kBlock); }
 
 void rotate_backward_tiles(const Rows& dz, const Rows& x, int64_t M, const Blocks& R, bool transpose, void* dx,
                            float* dR, int threads) {
