@@ -137,6 +137,17 @@ def test_rows_are_read_and_written_once_in_whole_sectors_and_without_bank_confli
     assert launch.counts.flops[costs_cuda._UNITS[dtype]] > 0
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("op, reads", (("block_rotate", 1), ("block_rotate_backward", 3)))
+def test_large_blocks_read_dz_once_more_and_nothing_else(op, reads, dtype):
+    args = problem(*LARGE[0], dtype)[op]
+    launches, x = [one for one in run(op, args)[1] if "block_rotate" in one.kernel], args[0]
+    tensors = [t for one in launches for name, t in one.counts.tensors.items() if str(tuple(x.shape)) in name]
+    assert sum(t.read for t in tensors) == reads * x.nbytes and sum(t.written for t in tensors) == x.nbytes
+    for launch in launches:
+        assert not launch.counts.lines("conflicts") and not launch.counts.lines("sectors")
+
+
 @pytest.mark.parametrize("b", (8, 6))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("offset, width", ((1, 67), (8, 80), (2, 50)))
