@@ -45,6 +45,7 @@ struct Kernels {
   void (*rotate)(const Rows& x, int64_t M, const Reflectors& V, const double* T, bool reverse, const Rows& z, void* P,
                  int threads);
   // Q = dz V, R = Q T: dx = dz - R V^T, dV = -dz^T S - x^T R, dT = -Q^T P (T transposed throughout when reverse).
+  // dx may be dz itself.
   void (*rotate_backward)(const Rows& dz, const Rows& x, int64_t M, const void* P, const Reflectors& V, const double* T,
                           bool reverse, void* dx, void* dV, double* dT, int threads);
   // u [M,N] = -S (W V)^T with S = P T^T, rounded once to x's dtype: y = u + x W^T + b is left to a library that adds

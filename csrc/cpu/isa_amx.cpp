@@ -103,13 +103,16 @@ struct GradientRows {
   Buffer<double> S, R;
 };
 
-// Rows [row0, row0 + rows) of out = base - S' V'^T from S' = Q C in the pair basis.
-void expand_rows(HalfBlock base, const float* Q, const Buffer<double>& C, int rows, const TilePanels& V,
-                 ThreadTiles& scratch, const Rows& out, int64_t row0) {
+// The operand S' = Q C of expand_rows, in the pair basis.
+void pack_expansion(const float* Q, const Buffer<double>& C, const TilePanels& V, ThreadTiles& scratch) {
   float* S = scratch.small[1];
   multiply_small(Q, kBlock, V.r, C.data(), S);
   split_bf16(S, kBlock * V.r, 2, scratch.split);
   pack_expand_rows(scratch.split[0], scratch.split[1], V.r, V.terms, scratch.expand);
+}
+
+// Rows [row0, row0 + rows) of out = base - S' V'^T, S' packed; out may be base itself.
+void expand_rows(HalfBlock base, int rows, const TilePanels& V, ThreadTiles& scratch, const Rows& out, int64_t row0) {
   tile_expand(base, rows, scratch.expand, V, reinterpret_cast<uint16_t*>(address(out, row0, 0)), out.stride,
               scratch.sums);
 }
@@ -134,7 +137,8 @@ void rotate_tiles(const Rows& x, int64_t M, const Reflectors& reflectors, const 
       int rows = min_int(kBlock, M - row0);
       HalfBlock block = whole_block(x, row0, rows, K, scratch.block0);
       tile_shrink(block, V, scratch.sums, block_P);
-      expand_rows(block, block_P, small, rows, V, scratch, z, row0);
+      pack_expansion(block_P, small, V, scratch);
+      expand_rows(block, rows, V, scratch, z, row0);
       to_plain_basis(block_P, rows, r);
       memcpy(P + row0 * r, block_P, rows * r * sizeof(float));
     }
@@ -185,13 +189,17 @@ void rotate_backward_tiles(const Rows& dz, const Rows& x, int64_t M, const float
         HalfBlock dz_block = whole_block(dz, row0, rows, K, scratch.block0);
         configure_tiles(16);
         tile_shrink(dz_block, V, scratch.sums, Q);
-        if (dx) expand_rows(dz_block, Q, pair_R, rows, V, scratch, out, row0);
-        if (!dV) continue;
-        HalfBlock x_block = whole_block(x, row0, rows, K, scratch.block1);
-        gradient_rows(scratch, P + row0 * r, rows, V.columns, height, sum_dT);
-        configure_tiles(height);
-        OuterOperand operands[] = {{dz_block, scratch.outer_S}, {x_block, scratch.outer_R}};
-        tile_outer(operands, 2, V.columns, height, V.panels, scratch.pairs, sum_dV);
+        if (dx) pack_expansion(Q, pair_R, V, scratch);
+        if (dV) {
+          HalfBlock x_block = whole_block(x, row0, rows, K, scratch.block1);
+          gradient_rows(scratch, P + row0 * r, rows, V.columns, height, sum_dT);
+          configure_tiles(height);
+          OuterOperand operands[] = {{dz_block, scratch.outer_S}, {x_block, scratch.outer_R}};
+          tile_outer(operands, 2, V.columns, height, V.panels, scratch.pairs, sum_dV);
+        }
+        if (!dx) continue;
+        configure_tiles(16);
+        expand_rows(dz_block, rows, V, scratch, out, row0);
       }
     }
   }
@@ -275,7 +283,8 @@ void linear_update_tiles(const Rows& x, int64_t M, const Rows& W, int64_t N, con
       int64_t row0 = b * kBlock;
       int rows = min_int(kBlock, M - row0);
       tile_shrink(whole_block(x, row0, rows, K, scratch.block0), V, scratch.sums, block_P);
-      expand_rows({zeros.data(), 0}, block_P, small, rows, B, scratch, u, row0);
+      pack_expansion(block_P, small, B, scratch);
+      expand_rows({zeros.data(), 0}, rows, B, scratch, u, row0);
       to_plain_basis(block_P, rows, r);
       memcpy(P + row0 * r, block_P, rows * r * sizeof(float));
     }
@@ -317,7 +326,10 @@ void linear_backward_tiles(const Rows& dy, const Rows& x, int64_t M, const Rows&
         HalfBlock dy_block = whole_block(dy, row0, rows, N, scratch.block0);
         configure_tiles(16);
         tile_shrink(dy_block, B, scratch.sums, Q);
-        if (update) expand_rows({zeros.data(), 0}, Q, pair_R, rows, V, scratch, out, row0);
+        if (update) {
+          pack_expansion(Q, pair_R, V, scratch);
+          expand_rows({zeros.data(), 0}, rows, V, scratch, out, row0);
+        }
         if (!dV) continue;
         gradient_rows(scratch, P + row0 * r, rows, V.columns, height, sum_dT);
         OuterOperand of_dy = {dy_block, scratch.outer_S};

@@ -5,7 +5,6 @@ is a list of (u [K, r], apply_gs) in the order in which PEFT multiplies: W' = W 
 """
 
 import torch
-import torch.nn.functional as F
 from torch.nn.modules import module as _module
 
 from peftkern.nn import convolution
@@ -70,9 +69,7 @@ class FactorCache:
 
     @staticmethod
     def factor(chain, dtype):
-        V, T = _factor_chain(chain, dtype)
-        # Column after column, as a product with a single row reads them.
-        return V.mT.contiguous().mT, T.contiguous()
+        return _factor_chain(chain, dtype)
 
     def get(self, chain, dtype):
         # One attribute, written once per miss, so that no thread sees a copy beside the factor of another.
@@ -185,12 +182,10 @@ def adapted_linear(x, base_layer, chain, precision="auto", cache=None, args=(), 
     working = torch.float64 if compute is torch.float64 else torch.float32
     V, T = _columns(chain, working, cache)
     if weight is not None and not args and not kwargs:
-        if (precision != "fast" and compute in hh.HALF) or _few_rows(x, compute):
+        exact = (precision != "fast" and compute in hh.HALF) or _few_rows(x, compute)
+        if exact or compute is torch.float64 or not _autocasting(x):
             bias = _cast(base_layer.bias, compute)
-            return hh.apply_factor_linear(x.to(compute), weight.to(compute), bias, V, T)
-        if weight.dtype is not compute and (compute is torch.float64 or not _autocasting(x)):
-            z = hh.apply_factor(x.to(compute), V, T)
-            return F.linear(z, weight.to(compute), _cast(base_layer.bias, compute))
+            return hh.apply_factor_linear(x.to(compute), weight.to(compute), bias, V, T, exact)
     rotated = x if _autocasting(x) and working is torch.float32 else x.to(compute)
     z = hh.apply_factor(rotated, V, T)
     return base_layer(_for_base(z, base_layer), *args, **(kwargs or {}))

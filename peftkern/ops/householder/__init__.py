@@ -95,13 +95,19 @@ def apply_factor(x, V, T=None, reverse=False):
     return autograd.Reflect.apply(x, V, reverse) if T is None else autograd.Rotate.apply(x, V, T, reverse)
 
 
-def apply_factor_linear(x, weight, bias, V, T=None):
-    """y = x H^T W^T + b in one accumulator, as `apply_factor`; x and weight share one dtype. Returns [..., N]."""
+def apply_factor_linear(x, weight, bias, V, T=None, exact=True):
+    """y = x H^T W^T + b as `apply_factor`, in one accumulator where `exact`; x and weight share one dtype.
+
+    Returns y [..., N].
+    """
     if _transforms.needs_reference():
-        return reference.rotated_linear(x, weight, bias, V, reference.wy_factor(V) if T is None else T, False)[0]
+        T = reference.wy_factor(V) if T is None else T
+        if exact:
+            return reference.rotated_linear(x, weight, bias, V, T, False)[0]
+        return torch.nn.functional.linear(reference.rotate(x, V, T, False)[0], weight, bias)
     if T is None:
-        return autograd.ReflectedLinear.apply(x, weight, bias, V)
-    return autograd.RotatedLinear.apply(x, weight, bias, V, T)
+        return autograd.ReflectedLinear.apply(x, weight, bias, V, exact)
+    return autograd.RotatedLinear.apply(x, weight, bias, V, T, exact)
 
 
 def rotate(x, u, reverse=False):
@@ -159,9 +165,7 @@ def hra_linear(x, weight, bias, u, precision="auto"):
                     f"hra_linear: bias must be {x.dtype} of shape {[weight.shape[0]]}; got {_checks.describe(bias)}"
                 )
     V = u.to(_transforms.working_dtype(x))
-    if precision == "exact" or (precision == "auto" and x.dtype in HALF):
-        return apply_factor_linear(x, weight, bias, V)
-    return torch.nn.functional.linear(apply_factor(x, V), weight, bias)
+    return apply_factor_linear(x, weight, bias, V, exact=precision != "fast")
 
 
 def low_rank_form(weight, u, gram_schmidt=False):

@@ -5,6 +5,7 @@ it is taken from the reference formulas, which torch can differentiate again; no
 """
 
 import torch
+import torch.nn.functional as F
 
 from peftkern.ops import _transforms
 from peftkern.ops.householder import contract, reference
@@ -117,7 +118,8 @@ def _linear_backward(dy, x, weight, V, T, P, B, needs_input_grad):
     if need_x or need_factor:
         mask = need_x, need_factor
         if _transforms.differentiating_twice():
-            P, B = reference.project(x, V), reference.project(weight, reference.pairs(V))
+            P = reference.project(x, V)
+            B = reference.project(weight, reference.pairs(V)) if B.shape[0] else B
             dx, dV, dT = reference.rotated_linear_backward(dy, x, weight, P, B, V, T, mask)
         else:
             dx, dV, dT = _ops.rotated_linear_backward(dy, x, weight, P, B, V, T, mask)
@@ -132,28 +134,38 @@ def _linear_backward(dy, x, weight, V, T, P, B, needs_input_grad):
     return dx, dweight, dbias, dV, dT
 
 
+def _linear(ctx, x, weight, bias, V, T, exact):
+    """y, P and B, in one accumulator or through a z that is rounded as a base layer takes it."""
+    if exact:
+        return _ops.rotated_linear(x, weight, bias, V, T, any(ctx.needs_input_grad))
+    z, P = _ops.rotate(x, V, T, False)
+    with _transforms.no_autocast(x.device.type):
+        return F.linear(z, weight, bias), P, V.new_empty(0, V.shape[1])
+
+
 class RotatedLinear(torch.autograd.Function):
-    """y = x H^T W^T + b in one accumulator; saves x, W, V, T, x V and W Vp, nothing of W's size beside W itself."""
+    """y = x H^T W^T + b, in one accumulator where `exact`; saves x, W, V, T, x V and, for that, W Vp: nothing of W's
+    size beside W itself."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, V, T):
-        y, P, B = _ops.rotated_linear(x, weight, bias, V, T, any(ctx.needs_input_grad))
+    def forward(ctx, x, weight, bias, V, T, exact):
+        y, P, B = _linear(ctx, x, weight, bias, V, T, exact)
         ctx.save_for_backward(x, weight, V, T, P, B)
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        need_x, need_weight, need_bias, need_V, need_T = ctx.needs_input_grad
-        return _linear_backward(dy, *ctx.saved_tensors, (need_x, need_weight, need_bias, need_V or need_T))
+        need_x, need_weight, need_bias, need_V, need_T, _ = ctx.needs_input_grad
+        return *_linear_backward(dy, *ctx.saved_tensors, (need_x, need_weight, need_bias, need_V or need_T)), None
 
 
 class ReflectedLinear(torch.autograd.Function):
     """`RotatedLinear` by the factor of V, made on the way."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, V):
+    def forward(ctx, x, weight, bias, V, exact):
         T = _ops.wy_factor(V)
-        y, P, B = _ops.rotated_linear(x, weight, bias, V, T, any(ctx.needs_input_grad))
+        y, P, B = _linear(ctx, x, weight, bias, V, T, exact)
         ctx.save_for_backward(x, weight, V, T, P, B)
         return y
 
@@ -161,8 +173,8 @@ class ReflectedLinear(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight, V, T, P, B = ctx.saved_tensors
         T = _factor_again(V, T)
-        *gradients, dV, dT = _linear_backward(dy, x, weight, V, T, P, B, ctx.needs_input_grad)
-        return *gradients, _through_factor(dV, dT, V, T)
+        *gradients, dV, dT = _linear_backward(dy, x, weight, V, T, P, B, ctx.needs_input_grad[:4])
+        return *gradients, _through_factor(dV, dT, V, T), None
 
 
 class Project(torch.autograd.Function):

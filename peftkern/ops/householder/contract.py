@@ -1,7 +1,8 @@
 """Contracts of the `householder` operations: schema, argument check and fake, one place each.
 
 Shapes: x [..., K], M = numel(x) / K rows; V [K, r]; T [r, r] float64; weight [N, K]. V is float32,
-or float64 when x is. For half-precision x, B [N, r] = W Vp, the product with V's columns in pairs (README.md, eq. 9).
+or float64 when x is. For half-precision x, B [N, r] = W Vp, the product with V's columns in pairs (README.md, eq. 9);
+[0, r] in float32 and float64, and where the gradients of V and T are to come from the rounded dz = dy W.
 """
 
 import torch
@@ -92,7 +93,7 @@ def check_rotated_linear_backward(dy, x, weight, P, B, V, T, output_mask):
     if P.shape != (_rows(x), V.shape[1]) or P.dtype is not V.dtype:
         raise ValueError(f"rotated_linear_backward: P must be {V.dtype} of shape [M, r]; got {_checks.describe(P)}")
     wanted = (_paired_rows(x, weight), V.shape[1])
-    if B.shape != wanted or B.dtype is not V.dtype:
+    if B.shape not in (wanted, (0, V.shape[1])) or B.dtype is not V.dtype:
         raise ValueError(
             f"rotated_linear_backward: B must be {V.dtype} of shape {list(wanted)}; got {_checks.describe(B)}"
         )

@@ -84,11 +84,19 @@ def rotate(x, V, T, reverse):
 
 
 def rotate_backward(dz, x, P, V, T, reverse, output_mask):
+    return _rotate_backward(dz, x, P, V, T, reverse, output_mask)
+
+
+def _rotate_backward(dz, x, P, V, T, reverse, output_mask, dx=None):
+    """dx may be a contiguous dz, which is then overwritten."""
     (K, r), (want_dx, want_dV) = V.shape, output_mask
     M, P, T = x.numel() // K, P.contiguous(), T.contiguous()
     rows, stride = _rows(x, K)
     dz_rows, dz_stride = _rows(dz, K)
-    dx = _like_rows(dz) if want_dx else dz.new_empty(0)
+    if not want_dx:
+        dx = dz.new_empty(0)
+    elif dx is None:
+        dx = _like_rows(dz)
     dV, dT = (V.new_empty(K, r), T.new_empty(r, r)) if want_dV else (V.new_empty(0), T.new_empty(0))
     if want_dx or want_dV:
         # fmt: off
@@ -144,6 +152,8 @@ class Generator:
     """
 
     def __init__(self, kept, V, T):
+        # Column after column, as the product with a single row reads them.
+        V, T = V.mT.contiguous().mT, T.contiguous()
         self._alive = kept, V, T
         self._kept = kept.data_ptr(), kept.numel() * kept.element_size()
         self._columns = *_factor(V), T.data_ptr()
@@ -176,8 +186,9 @@ def _adds_in_one_accumulator(dtype, K, r):
 
 
 def rotated_linear_backward(dy, x, weight, P, B, V, T, output_mask):
-    if x.dtype not in _HALF:
-        return rotate_backward(dy.matmul(weight), x, P, V, T, False, output_mask)
+    if B.shape[0] == 0:
+        dz = dy.matmul(weight)
+        return _rotate_backward(dz, x, P, V, T, False, output_mask, dz if dz.is_contiguous() else None)
     (K, r), (want_dx, want_dV) = V.shape, output_mask
     if not _adds_in_one_accumulator(x.dtype, K, r):
         return reference.rotated_linear_backward(dy, x, weight, P, B, V, T, output_mask)

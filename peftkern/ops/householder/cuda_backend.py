@@ -270,7 +270,7 @@ def _extended_linear(rows, weight, bias, S, WV, Vp, Cp):
 
 
 def rotated_linear_backward(dy, x, weight, P, B, V, T, output_mask):
-    if x.dtype not in _HALF:
+    if B.shape[0] == 0:
         return rotate_backward(dy.matmul(weight), x, P, V, T, False, output_mask)
     (K, r), N, (want_dx, want_dV) = V.shape, weight.shape[0], output_mask
     dy_rows, rows, W = _rows_of(dy, N), _rows_of(x, K), _rows_of(weight, K)

@@ -118,6 +118,9 @@ def rotated_linear(x, weight, bias, V, T, keep):
 
     Also P = x V [M, r] and, to keep for the backward in half precision, B = W Vp [N, r] (else [0, r]), in V's dtype.
     """
+    if x.dtype not in HALF:
+        z, P = rotate(x, V, T, False)
+        return F.linear(z, weight, bias), P, V.new_empty(0, V.shape[1])
     rows = x.reshape(-1, x.shape[-1])
     Vp, Cp = pair_basis(V, T, reverse=False)
     scale = _balance(Vp, Cp)
@@ -128,18 +131,19 @@ def rotated_linear(x, weight, bias, V, T, keep):
     left = F.pad(torch.cat((rows, S, S_low, S), 1), (0, pad))
     right = F.pad(torch.cat((weight, WV, WV, WV_low), 1), (0, pad))
     y = F.linear(left, right, bias)
-    return y.reshape(*x.shape[:-1], weight.shape[0]), rows.to(V.dtype) @ V, B if keep and x.dtype in HALF else B[:0]
+    return y.reshape(*x.shape[:-1], weight.shape[0]), rows.to(V.dtype) @ V, B if keep else B[:0]
 
 
 @without_autocast
 def rotated_linear_backward(dy, x, weight, P, B, V, T, output_mask):
-    """rotate_backward of dz = dy W, whose rounding to half precision reaches dx alone (README.md, eq. 11).
+    """rotate_backward of dz = dy W, whose rounding to half precision reaches dx alone (README.md, eq. 11); everything,
+    as where a base layer gives it, where the forward has left no B.
 
     With Q = dy W V, R = Q T, S = P T^T:  dx = dz - R V^T,  dV = -W^T (dy^T S) - x^T R,  dT = -Q^T P. W V comes from the
     B = W Vp that the forward has left.
     """
     want_dx, want_dV = output_mask
-    if x.dtype not in HALF:
+    if B.shape[0] == 0:
         return rotate_backward(dy.matmul(weight), x, P, V, T, False, output_mask)
     dy_rows, W = dy.reshape(-1, dy.shape[-1]).to(V.dtype), weight.to(V.dtype)
     Q = dy_rows @ plain_basis(B)

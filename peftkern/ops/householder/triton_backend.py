@@ -291,14 +291,15 @@ def rotated_linear(x, weight, bias, V, T, keep):
     (K, r), N = V.shape, weight.shape[0]
     M = x.numel() // K
     y, P = x.new_empty(*x.shape[:-1], N), V.new_empty(M, r)
-    if M == 0:
-        return y, P, V.new_zeros(N if keep else 0, r)
     (rows, stride), (W, W_stride) = _rows(x, K), _rows(weight, K)
     with _triton.guard(x):
         V_terms = _split(V, V.stride(), 3, pair=True)
         R = V_terms.shape[2]
         WV = _gathered(_project(W, W_stride, N, K, r, V_terms, V.dtype))
-        WV_terms, kept = _split(WV, WV.stride(), 2), WV if keep else V.new_empty(0, r)
+        kept = WV if keep else V.new_empty(0, r)
+        if M == 0:
+            return y, P, kept
+        WV_terms = _split(WV, WV.stride(), 2)
         partial = _project(rows, stride, M, K, r, V_terms, V.dtype)
         tile = tiles.linear(_triton.family(), M, R, bias is not None)
         S, P = _core(partial, T.mT, 2, pair=True, negate=tile is not None, keep=True)
@@ -317,7 +318,7 @@ def rotated_linear(x, weight, bias, V, T, keep):
 
 
 def rotated_linear_backward(dy, x, weight, P, B, V, T, output_mask):
-    if x.dtype not in tiles.HALF:
+    if B.shape[0] == 0:
         return rotate_backward(dy.matmul(weight), x, P, V, T, False, output_mask)
     (K, r), (want_dx, want_dV), N = V.shape, output_mask, weight.shape[0]
     M = x.numel() // K

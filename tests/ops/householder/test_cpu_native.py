@@ -321,6 +321,17 @@ def test_unwanted_gradients_of_rotated_linear_come_back_empty(level, shape, mask
             assert torch.equal(tensor, full) if wanted else tensor.shape == (0,)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("M, K, r", [(517, 768, 8), (33, 123, 7), (70, 256, 32), (5, 64, 3)])
+def test_dx_may_take_the_place_of_dz(level, M, K, r, dtype):
+    x, dz, V = normal(M, K, dtype=dtype, seed=1), normal(M, K, dtype=dtype, seed=2), normal(K, r, dtype=working(dtype))
+    inputs = x, cpu.project(x, V), V, cpu.wy_factor(V), False
+    for mask in ((True, True), (True, False)):
+        apart, place = cpu.rotate_backward(dz, *inputs, mask), dz.clone()
+        together = cpu._rotate_backward(place, *inputs, mask, place)
+        assert together[0] is place and all(torch.equal(a, b) for a, b in zip(together, apart, strict=True))
+
+
 def exact_product(M, K, N, r, dtype):
     """Inputs of rotated_linear_backward whose dy W is a small integer: the library rounds nothing, in any order."""
     dy, W = (normal(*shape, seed=seed).sign().to(dtype) for shape, seed in (((M, N), 1), ((N, K), 2)))
