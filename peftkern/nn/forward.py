@@ -165,8 +165,8 @@ def adapted_linear(x, base_layer, chain, precision="auto", cache=None, args=(), 
     """y = x (W H_1 H_2 ...)^T + b.
 
     Args:
-        x: [..., K] floating; base_layer: called with the rotated x (`fast`), or, where `readable_weight` allows, read
-            (`exact`). args, kwargs: passed on to the base layer, which then is always called.
+        x: [..., K] floating; base_layer: where `readable_weight` allows, its weight is read, else it is called with the
+            rotated x (`fast`). args, kwargs: passed on to the base layer, which then is always called.
         precision: "auto", "fast" or "exact" (DESIGN: `auto` is exact for half-precision products).
 
     Returns:
