@@ -28,7 +28,7 @@ TENSOR = {
     "linear_backward_kernel": "half",
     "core_kernel": "double",
     "gram_kernel": "double",
-    "factor_kernel": "double",
+    "wy_factor_kernel": "double",
     "rotate_kernel": "half",
     "rotate_backward_kernel": "half",
     "polynomial_kernel": "half",

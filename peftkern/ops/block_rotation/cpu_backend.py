@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from peftkern import _native
-from peftkern.ops._rows import CODES, HALF, like_rows, rows
+from peftkern.ops._rows import CODES, HALF, add_product, adds_in_one_accumulator, like_rows, rows
 from peftkern.ops.block_rotation import reference
 from peftkern.ops.block_rotation.contract import block_size
 
@@ -124,19 +124,6 @@ def block_rotate_backward(dz, x, R, transpose, output_mask):
     return rotate_backward(dz, x, R, transpose, output_mask)
 
 
-def _add_product(u, x, weight, bias):
-    """u + x W^T + b in one accumulator, rounded once: oneDNN adds in float32. May write into u."""
-    if bias is None:
-        return u.addmm_(x, weight.mT)
-    return torch.ops.mkldnn._linear_pointwise.binary(x, u, weight, bias, "add")
-
-
-def _adds_in_one_accumulator(dtype):
-    mkldnn = torch.ops.mkldnn
-    supported = mkldnn._is_mkldnn_bf16_supported if dtype is torch.bfloat16 else mkldnn._is_mkldnn_fp16_supported
-    return torch.backends.mkldnn.enabled and supported()
-
-
 def exact_linear(x, weight, bias, R, scale=None):
     """(s (x R) W^T + b, (x R) W^T or None without a scale) with x R unrounded, by library products with W as it lies.
 
@@ -144,16 +131,16 @@ def exact_linear(x, weight, bias, R, scale=None):
     a scale y = z W^T + [u + (s - 1) p] + b, where the rounding of p counts as little. None where scales are far from
     1, or where the library would round between the sums.
     """
-    if not _adds_in_one_accumulator(weight.dtype) or (scale is not None and (scale - 1).abs().max() > 1 / 2):
+    if not adds_in_one_accumulator(weight.dtype) or (scale is not None and (scale - 1).abs().max() > 1 / 2):
         return None
     shape, rows = (*x.shape[:-1], weight.shape[0]), x.reshape(-1, x.shape[-1])
     z, rest = weight.new_empty(2, *rows.shape)
     rotate_to(rows, R, False, z, rest)
     u = F.linear(rest, weight)
     if scale is None:
-        return _add_product(u, z, weight, bias).view(shape), None
+        return add_product(u, z, weight, bias).view(shape), None
     p = torch.addmm(u, z, weight.mT)
-    y = _add_product(u.addcmul_(p, (scale - 1).to(p.dtype)), z, weight, bias)
+    y = add_product(u.addcmul_(p, (scale - 1).to(p.dtype)), z, weight, bias)
     return y.view(shape), p.view(shape)
 
 

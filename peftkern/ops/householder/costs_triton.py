@@ -124,7 +124,7 @@ def _factor(family, rows, r):
     written = 8 * (2 * R * R + 16 * R + r * r + sum(B * B * pairs for B, pairs in merges)) + 4 * (programs + 1)
     # Four warps share a 16 x 16 product by doing it twice.
     flops = gram.flops["tensor_fp64"] + sum(4 * B**3 * pairs * (2 if B == 16 else 1) for B, pairs in merges)
-    return Launch("factor_kernel", gram.read + read, gram.written + written,
+    return Launch("wy_factor_kernel", gram.read + read, gram.written + written,
                   gram.unique + 8 * (splits * r * r + r * r + 4 * R * R), {"tensor_fp64": flops},
                   splits * side * side)  # fmt: skip
 

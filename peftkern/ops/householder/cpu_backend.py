@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from peftkern import _native
 from peftkern.ops._rows import CODES as _CODES
 from peftkern.ops._rows import HALF as _HALF
+from peftkern.ops._rows import add_product, adds_in_one_accumulator
 from peftkern.ops._rows import like_rows as _like_rows
 from peftkern.ops._rows import rows as _rows
 from peftkern.ops.householder import reference
@@ -130,17 +131,14 @@ def rotated_linear(x, weight, bias, V, T, keep):
         # fmt: on
         wanted = keep and x.dtype in _HALF
         return y, P, project(W, reference.pairs(V)) if wanted else V.new_empty(0, r)
-    if not _adds_in_one_accumulator(x.dtype, K, r):
+    if not _starts_from_update(x.dtype, K, r):
         return reference.rotated_linear(x, weight, bias, V, T, keep)
     P, B, y = V.new_empty(M, r), V.new_empty(N, r), x.new_empty(M, N)
     # fmt: off
     _library.linear_update(_level, _threads(), rows.data_ptr(), _CODES[x.dtype], M, stride, W.data_ptr(), N, W_stride,
                            *_factor(V), T.data_ptr(), y.data_ptr(), P.data_ptr(), B.data_ptr())
     # fmt: on
-    if bias is None:
-        y.addmm_(x.reshape(M, K), weight.mT)
-    else:
-        y = torch.ops.mkldnn._linear_pointwise.binary(x.reshape(M, K), y, weight, bias, "add")
+    y = add_product(y, x.reshape(M, K), weight, bias)
     return y.view(*x.shape[:-1], N), P, B if keep else V.new_empty(0, r)
 
 
@@ -175,14 +173,12 @@ class Generator:
 rotated_linear.generator = Generator
 
 
-def _adds_in_one_accumulator(dtype, K, r):
-    """Whether y = u + x W^T may start from the update u rounded by itself: oneDNN adds both in float32 and rounds once.
+def _starts_from_update(dtype, K, r):
+    """Whether y = u + x W^T may start from the update u rounded by itself.
 
-    The rounding of u counts where u is as large as y: with r columns of K, |u| is about 2 sqrt(r / K) |y|.
+    Its rounding counts where u is as large as y: with r columns of K, |u| is about 2 sqrt(r / K) |y|.
     """
-    mkldnn = torch.ops.mkldnn
-    supported = mkldnn._is_mkldnn_bf16_supported if dtype is torch.bfloat16 else mkldnn._is_mkldnn_fp16_supported
-    return 16 * r <= K and torch.backends.mkldnn.enabled and supported()
+    return 16 * r <= K and adds_in_one_accumulator(dtype)
 
 
 def rotated_linear_backward(dy, x, weight, P, B, V, T, output_mask):
@@ -190,7 +186,7 @@ def rotated_linear_backward(dy, x, weight, P, B, V, T, output_mask):
         dz = dy.matmul(weight)
         return _rotate_backward(dz, x, P, V, T, False, output_mask, dz if dz.is_contiguous() else None)
     (K, r), (want_dx, want_dV) = V.shape, output_mask
-    if not _adds_in_one_accumulator(x.dtype, K, r):
+    if not _starts_from_update(x.dtype, K, r):
         return reference.rotated_linear_backward(dy, x, weight, P, B, V, T, output_mask)
     M, N, P, B, T = x.numel() // K, weight.shape[0], P.contiguous(), B.contiguous(), T.contiguous()
     rows, stride = _rows(x, K)

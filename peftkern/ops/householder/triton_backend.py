@@ -214,7 +214,7 @@ def wy_factor(V):
     T, partial = (V.new_empty(*shape, dtype=torch.float64) for shape in ((r, r), (splits, r, r)))
     work, count = V.new_empty(2, R, R, dtype=torch.float64), _triton.counter(V)
     with _triton.guard(V):
-        _kernels().factor_kernel[(splits, side, side)](
+        _kernels().wy_factor_kernel[(splits, side, side)](
             V, partial, work, T, count, rows, r, *V.stride(), per_split, splits, splits * side * (side + 1) // 2,
             tiles.GRAM_ROWS, min(R, 32), R, num_warps=4, num_stages=1, enable_fp_fusion=False,
         )  # fmt: skip

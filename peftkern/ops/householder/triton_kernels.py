@@ -420,7 +420,7 @@ def _merge(p_a, p_t, R: tl.constexpr, B: tl.constexpr):
 
 
 @triton.jit
-def factor_kernel(
+def wy_factor_kernel(
     p_v, p_part, p_work, p_t, p_count, rows, r, s_i, s_j, per_split, splits, programs,
     BL: tl.constexpr, BR: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip

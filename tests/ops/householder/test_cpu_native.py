@@ -250,7 +250,8 @@ def test_rotated_linear_rounds_once(level, dtype, bias):
         exact = F.linear(z, W.double(), None if b is None else b.double())
         plain = F.linear(z.to(dtype), W, b)
         for x_form in (x, torch.cat((x, x), 1)[:, :K]):
-            y, P, B = cpu.rotated_linear(x_form, W, b, V, T, True)
+            b_form = torch.stack((b, b), 1)[:, 0] if bias and x_form is not x else b
+            y, P, B = cpu.rotated_linear(x_form, W, b_form, V, T, True)
             no_worse_than_torch((y,), (plain,), (exact,), (floor(dtype, K),))
             assert y.dtype is dtype and error(P, x.double() @ V.double()) <= floor(V.dtype, K)
             if dtype in HALF:
