@@ -74,6 +74,7 @@ def _block_cases():
         yield f"{kind}_rotate", "bf16", size, "8 tokens"
         yield f"{kind}_rotated_linear", "bf16", size, "8192 tokens"
         yield f"{kind}_rotated_linear", "bf16", size, "8 tokens"
+        yield f"{kind}_rotated_linear_backward", "bf16", size, "8 tokens"
     for op in ("scale_outputs", "scale_outputs_backward"):
         yield from ((op, dtype, "b8 f4", "8192 tokens") for dtype in ("bf16", "fp32"))
 
@@ -127,9 +128,11 @@ def _block_arguments(op, dtype, b, f, M):
         "block_rotate": (x, R, False),
         "block_rotate_backward": (x, x, R, False, both),
         "block_rotated_linear": (x, W, bias, R),
+        "block_rotated_linear_backward": (y, x, W, R, both),
         "butterfly_rotate": (x, B, False),
         "butterfly_rotate_backward": (x, x, B, False, both),
         "butterfly_rotated_linear": (x, W, bias, scale, B),
+        "butterfly_rotated_linear_backward": (y, x, W, scale, y, B, [True, *both]),
         "scale_outputs": (y, scale, bias),
         "scale_outputs_backward": (y, y, scale, bias, both),
     }[op]

@@ -12,7 +12,7 @@ REGISTERS, SHARED = 16, 2048
 
 
 def read():
-    return json.loads(FILE.read_text()) if FILE.exists() else {}
+    return json.loads((FILE.exists() and FILE.read_text()) or "{}")
 
 
 def minor(version):
@@ -43,13 +43,13 @@ def worse(row, now):
 
 def write(compiler, version, target, name, rows):
     """Put the rows {kernel: figures} of one case into the table, whatever other processes write."""
-    with open(FILE.with_suffix(".lock"), "w") as lock:
+    # The table is its own lock: a lock file that somebody removes would let two in at once.
+    with open(FILE, "a+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         table = read()
         table.setdefault("compilers", {})[compiler] = minor(version)
         table.setdefault(compiler, {}).setdefault(target, {})[name] = rows
         FILE.write_text(_dumped(table))
-    FILE.with_suffix(".lock").unlink(missing_ok=True)
 
 
 def _dumped(value, indent=0):
