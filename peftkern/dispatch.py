@@ -85,7 +85,11 @@ class Operation:
 
     def serving(self, *args):
         """The function that serves this kind of call, or None before the first of its kind."""
-        return self._serving.get((args[0].device.type, self.key(*args)))
+        return self.serving_key((args[0].device.type, self.key(*args)))
+
+    def serving_key(self, key):
+        """`serving` for a pair of device type and key."""
+        return self._serving.get(key)
 
     def _first_run(self, *args):
         """Choose a backend for this kind of call; one that fails at its first use is left, once, aloud."""

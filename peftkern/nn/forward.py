@@ -42,12 +42,12 @@ def readable_weight(base_layer, layer_type=torch.nn.Linear):
 
 
 class _Kept:
-    """What one miss leaves: dtype, copies of the chain and the factor of those; generators: see `_generate`."""
+    """What one miss leaves: dtype, copies of the chain and the factor of those; keys, generators: see `_generate`."""
 
-    __slots__ = ("chain", "dtype", "factor", "generators")
+    __slots__ = ("chain", "dtype", "factor", "generators", "keys")
 
     def __init__(self, dtype, chain, factor):
-        self.dtype, self.chain, self.factor, self.generators = dtype, chain, factor, {}
+        self.dtype, self.chain, self.factor, self.keys, self.generators = dtype, chain, factor, {}, {}
 
 
 class FactorCache:
@@ -221,21 +221,26 @@ def _generate(x, base_layer, chain, kept):
     if weight is None or weight.dtype is not dtype or kept.dtype is torch.float64 or len(chain) != 1:
         return None
     (u, gs), (copy, kept_gs), bias = chain[0], kept.chain[0], base_layer._parameters.get("bias")
-    tensors = (x, u, weight) if bias is None else (x, u, weight, bias)
     if gs != kept_gs or u.shape != copy.shape or u.dtype is not copy.dtype or x.shape[-1] != weight.shape[1]:
         return None
-    for t in tensors:
-        if type(t) not in _PLAIN or not t.is_cpu or not t.is_contiguous():
-            return None
-    if bias is not None and bias.dtype is not dtype:
+    if not (_lies_plain(x) and _lies_plain(u) and weight.is_cpu and weight.is_contiguous()):
         return None
-    V, T = kept.factor
-    serving = contract.ROTATED_LINEAR.serving(x, weight, bias, V, T, False)
+    if bias is not None and (bias.dtype is not dtype or not _lies_plain(bias)):
+        return None
+    key = kept.keys.get(dtype)
+    if key is None:
+        key = kept.keys[dtype] = "cpu", contract.ROTATED_LINEAR.key(x, weight, bias, *kept.factor, False)
+    serving = contract.ROTATED_LINEAR.serving_key(key)
     if serving not in kept.generators:
         generator = getattr(serving, "generator", None)
-        kept.generators[serving] = None if generator is None else generator(copy, V, T)
+        kept.generators[serving] = None if generator is None else generator(copy, *kept.factor)
     generate = kept.generators[serving]
     return None if generate is None else generate(x, weight, bias, u)
+
+
+def _lies_plain(t):
+    """Whether a tensor is one of the CPU whose numbers lie side by side."""
+    return type(t) in _PLAIN and t.is_cpu and t.is_contiguous()
 
 
 def _for_base(z, base_layer):

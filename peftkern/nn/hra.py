@@ -57,8 +57,10 @@ class _HRALayer(AdapterLayer):
         return f"r={self.hra_u.shape[1]}, apply_gs={self.apply_gs}"
 
     def _serve(self, x, args, kwargs):
-        chain = [(self.hra_u, self.apply_gs)]
-        return type(self)._adapted(x, self.base_layer, chain, self.precision, self._cache, args, kwargs)
+        # Past nn.Module's __getattr__, which counts where a token goes through a narrow layer.
+        u = self._parameters.get("hra_u")
+        chain = [(self.hra_u if u is None else u, self.apply_gs)]
+        return self._adapted(x, self._modules["base_layer"], chain, self.precision, self._cache, args, kwargs)
 
     def _rotated(self, rows, dtype, inverse):
         """W H, or W H^T."""

@@ -157,11 +157,11 @@ class Generator:
         self._columns = *_factor(V), T.data_ptr()
 
     def __call__(self, x, weight, bias, u):
-        (N, K), dtype = weight.shape, x.dtype
+        (*rows, K), N, dtype = x.shape, len(weight), x.dtype
         M = x.numel() // K
         if not _few(M, dtype):
             return None
-        y = _empty((*x.shape[:-1], N), dtype=dtype)
+        y = _empty((*rows, N), dtype=dtype)
         # fmt: off
         same = _library.generate(_level, _threads(), u.data_ptr(), *self._kept, x.data_ptr(), _CODES[dtype], M, K,
                                  weight.data_ptr(), N, K, 0 if bias is None else bias.data_ptr(), *self._columns,
