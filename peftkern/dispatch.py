@@ -77,19 +77,15 @@ class Operation:
     def _run(self, *args):
         self.check(*args)
         device_type = args[0].device.type
-        serve = self.serving(*args) or self._first_run
+        serve = self._serving.get((device_type, self.key(*args))) or self._first_run
         if torch.is_autocast_enabled(device_type):
             with torch._C._DisableAutocast():
                 return serve(*args)
         return serve(*args)
 
-    def serving(self, *args):
-        """The function that serves this kind of call, or None before the first of its kind."""
-        return self.serving_key((args[0].device.type, self.key(*args)))
-
-    def serving_key(self, key):
-        """`serving` for a pair of device type and key."""
-        return self._serving.get(key)
+    def serving(self, kind):
+        """The function that serves a kind of call, (device type, key), or None before the first of its kind."""
+        return self._serving.get(kind)
 
     def _first_run(self, *args):
         """Choose a backend for this kind of call; one that fails at its first use is left, once, aloud."""

@@ -42,12 +42,12 @@ def readable_weight(base_layer, layer_type=torch.nn.Linear):
 
 
 class _Kept:
-    """What one miss leaves: dtype, copies of the chain and the factor of those; keys, generators: see `_generate`."""
+    """What one miss leaves: dtype, copies of the chain and the factor of those; kinds, generators: see `_generate`."""
 
-    __slots__ = ("chain", "dtype", "factor", "generators", "keys")
+    __slots__ = ("chain", "dtype", "factor", "generators", "kinds")
 
     def __init__(self, dtype, chain, factor):
-        self.dtype, self.chain, self.factor, self.keys, self.generators = dtype, chain, factor, {}, {}
+        self.dtype, self.chain, self.factor, self.kinds, self.generators = dtype, chain, factor, {}, {}
 
 
 class FactorCache:
@@ -227,10 +227,10 @@ def _generate(x, base_layer, chain, kept):
         return None
     if bias is not None and (bias.dtype is not dtype or not _lies_plain(bias)):
         return None
-    key = kept.keys.get(dtype)
-    if key is None:
-        key = kept.keys[dtype] = "cpu", contract.ROTATED_LINEAR.key(x, weight, bias, *kept.factor, False)
-    serving = contract.ROTATED_LINEAR.serving_key(key)
+    kind = kept.kinds.get(dtype)
+    if kind is None:
+        kind = kept.kinds[dtype] = "cpu", contract.ROTATED_LINEAR.key(x, weight, bias, *kept.factor, False)
+    serving = contract.ROTATED_LINEAR.serving(kind)
     if serving not in kept.generators:
         generator = getattr(serving, "generator", None)
         kept.generators[serving] = None if generator is None else generator(copy, *kept.factor)

@@ -115,12 +115,5 @@ def butterfly_rotated_linear(x, weight, bias, scale, R):
 
 
 def butterfly_rotated_linear_backward(dy, x, weight, scale, p, R, output_mask):
-    want_dx, want_scale, want_dR = output_mask
-    dscale = R.new_empty(0)
-    if scale is not None:
-        mask = want_dx or want_dR, want_scale
-        dy, dscale = scale_outputs_backward(dy, p if want_scale else dy, scale, None, mask)
-    if not want_dx and not want_dR:
-        return x.new_empty(0), dscale, R.new_empty(0)
-    dx, dR = blocks.linear_backward(dy, x, weight, R, (want_dx, want_dR))
-    return dx, dscale, dR
+    parts = scale_outputs_backward, blocks.linear_backward
+    return reference.linear_backward(*parts, dy, x, weight, scale, p, R, output_mask)

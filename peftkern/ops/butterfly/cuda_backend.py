@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from peftkern.ops import _cuda
 from peftkern.ops._rows import CODES, HALF, like_rows, rows
 from peftkern.ops.block_rotation import cuda_backend as blocks
+from peftkern.ops.butterfly import reference
 
 
 def available():
@@ -117,12 +118,5 @@ def butterfly_rotated_linear(x, weight, bias, scale, R):
 
 
 def butterfly_rotated_linear_backward(dy, x, weight, scale, p, R, output_mask):
-    want_dx, want_scale, want_dR = output_mask
-    dscale = R.new_empty(0)
-    if scale is not None:
-        mask = want_dx or want_dR, want_scale
-        dy, dscale = scale_outputs_backward(dy, p if want_scale else dy, scale, None, mask)
-    if not want_dx and not want_dR:
-        return x.new_empty(0), dscale, R.new_empty(0)
-    dx, dR = blocks.rotate_backward(dy.matmul(weight).to(x.dtype), x, R, False, (want_dx, want_dR))
-    return dx, dscale, dR
+    parts = scale_outputs_backward, blocks.block_rotated_linear_backward
+    return reference.linear_backward(*parts, dy, x, weight, scale, p, R, output_mask)

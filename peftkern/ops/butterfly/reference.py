@@ -110,15 +110,26 @@ def butterfly_rotated_linear(x, weight, bias, scale, R):
     return y.to(weight.dtype), p.to(weight.dtype)
 
 
-@without_autocast
-def butterfly_rotated_linear_backward(dy, x, weight, scale, p, R, output_mask):
-    """butterfly_rotate_backward of dz = (dy s) W, and dscale = sum over rows of dy p."""
+def linear_backward(scale_backward, rotated_backward, dy, x, weight, scale, p, R, output_mask):
+    """`butterfly_rotated_linear_backward` from a backend's scale_outputs_backward and its
+    rotated_backward(dy, x, weight, R, mask), butterfly_rotate_backward of dz = dy W."""
     want_dx, want_scale, want_dR = output_mask
     dscale = R.new_empty(0)
     if scale is not None:
-        dy, dscale = scale_outputs_backward(dy, p, scale, None, (want_dx or want_dR, want_scale))
+        mask = want_dx or want_dR, want_scale
+        dy, dscale = scale_backward(dy, p if want_scale else dy, scale, None, mask)
     if not want_dx and not want_dR:
         return x.new_empty(0), dscale, R.new_empty(0)
-    dz = dy.matmul(weight).to(x.dtype)
-    dx, dR = butterfly_rotate_backward(dz, x, R, False, (want_dx, want_dR))
+    dx, dR = rotated_backward(dy, x, weight, R, (want_dx, want_dR))
     return dx, dscale, dR
+
+
+def _rotated_backward(dy, x, weight, R, output_mask):
+    return butterfly_rotate_backward(dy.matmul(weight).to(x.dtype), x, R, False, output_mask)
+
+
+@without_autocast
+def butterfly_rotated_linear_backward(dy, x, weight, scale, p, R, output_mask):
+    """butterfly_rotate_backward of dz = (dy s) W, and dscale = sum over rows of dy p."""
+    parts = scale_outputs_backward, _rotated_backward
+    return linear_backward(*parts, dy, x, weight, scale, p, R, output_mask)

@@ -15,6 +15,7 @@ from peftkern.ops._rows import HALF, like_rows, rows
 from peftkern.ops.block_rotation import triton_backend as blocks
 from peftkern.ops.block_rotation import triton_tiles as tiles
 from peftkern.ops.block_rotation.triton_backend import _aligned, _cdiv
+from peftkern.ops.butterfly import reference
 
 COLUMNS = 64  # of two groups, at most, that a product of them takes
 
@@ -179,13 +180,10 @@ def butterfly_rotated_linear(x, weight, bias, scale, R):
     return y if bias is None else y.add_(bias), p
 
 
+def _rotated_backward(dy, x, weight, R, output_mask):
+    return butterfly_rotate_backward(dy.matmul(weight).to(x.dtype), x, R, False, output_mask)
+
+
 def butterfly_rotated_linear_backward(dy, x, weight, scale, p, R, output_mask):
-    want_dx, want_scale, want_dR = output_mask
-    dscale = R.new_empty(0)
-    if scale is not None:
-        mask = want_dx or want_dR, want_scale
-        dy, dscale = scale_outputs_backward(dy, p if want_scale else dy, scale, None, mask)
-    if not want_dx and not want_dR:
-        return x.new_empty(0), dscale, R.new_empty(0)
-    dx, dR = butterfly_rotate_backward(dy.matmul(weight).to(x.dtype), x, R, False, (want_dx, want_dR))
-    return dx, dscale, dR
+    parts = scale_outputs_backward, _rotated_backward
+    return reference.linear_backward(*parts, dy, x, weight, scale, p, R, output_mask)
