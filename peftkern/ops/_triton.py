@@ -73,16 +73,16 @@ def family():
 
 
 @functools.cache
-def _kept_counter(device, _stream):
-    return torch.zeros(1, dtype=torch.int32, device=device)
+def _kept_counters(device, _stream, count):
+    return torch.zeros(count, dtype=torch.int32, device=device)
 
 
-def counter(tensor):
-    """One int32 zero for a kernel that counts its programs and leaves zero again; one for each stream."""
-    # A graph under capture fills its memory when it is replayed, so it gets a zero of its own.
+def counters(tensor, count):
+    """`count` int32 zeros for a kernel that counts its programs and leaves zeros again; kept for each stream."""
+    # A graph under capture fills its memory when it is replayed, so it gets zeros of its own.
     if tensor.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(1, dtype=torch.int32, device=tensor.device)
-    return _kept_counter(tensor.device, torch.cuda.current_stream(tensor.device).cuda_stream)
+        return torch.zeros(count, dtype=torch.int32, device=tensor.device)
+    return _kept_counters(tensor.device, torch.cuda.current_stream(tensor.device).cuda_stream, count)
 
 
 def guard(tensor):

@@ -7,8 +7,11 @@ float64 serves gradcheck alone and is not held to anything here.
 
 import torch
 
+from peftkern.ops.householder.autograd import WYFactors
+
 K, N = 4096, 4096
-ROWS = {"8192 tokens": 8192, "8 tokens": 8}
+# The factors of many layers meet no rows.
+ROWS = {"8192 tokens": 8192, "8 tokens": 8, "64 layers": 0}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 # Of one architecture's block, in bytes: the most shared memory that it may ask for.
@@ -45,6 +48,7 @@ WIDE = (
 def _rank_cases():
     for op in ("wy_factor", "wy_factor_backward", "orthogonality_penalty", "orthogonality_penalty_backward"):
         yield from ((op, "fp32", r, "8192 tokens") for r in (8, 32, 128))
+    yield from (("wy_factor", "fp32", r, "64 layers") for r in (32, 128))
     for op in ("orthonormal_factor", "orthonormal_factor_backward"):
         yield from ((op, "fp32", r, "8192 tokens") for r in (8, 32, 128))
 
@@ -85,6 +89,14 @@ CASES |= {f"{op} {dtype} {size} {rows}": (op, dtype, size, rows) for op, dtype, 
 FIRST = {name for name, (op, dtype, r, rows) in CASES.items() if (dtype, rows) != ("fp16", "8192 tokens") and r != 8}
 # Kernels that break a rule, and why they still ship. A case that has come right fails until its line is deleted.
 KNOWN = {}
+
+
+def call(name):
+    """The call of a case, by the backend in use."""
+    op, _, _, rows = CASES[name]
+    if rows == "64 layers":
+        return WYFactors.apply(*arguments(name) * 64)
+    return getattr(torch.ops.peftkern, op)(*arguments(name))
 
 
 def arguments(name):

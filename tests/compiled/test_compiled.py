@@ -83,7 +83,7 @@ def test_triton(request, memory_never_touched, target, name):
     op, _, _, rows = cases.CASES[name]
     many = cases.ROWS[rows] > 64
     with peftkern.use_backend("triton"), driver.compiling(target) as launches:
-        getattr(torch.ops.peftkern, op)(*cases.arguments(name))
+        cases.call(name)
     unique = {(launch.kernel, launch.asm["ptx" if "ptx" in launch.asm else "amdgcn"]): launch for launch in launches}
     kernels = [kernel for kernel, _ in unique]
     found = {

@@ -57,7 +57,7 @@ def factor(u, dtype=torch.float32, gram_schmidt=False):
 
 
 def factor_many(us, dtype=torch.float32):
-    """`factor` of several u at once, differentiable in each: the CUDA backend takes all that share r in one launch.
+    """`factor` of several u at once, differentiable in each: on GPUs all that share r, up to 64, take one launch.
 
     Args:
         us: list of [K, r], floating, on one device; K and r as they come.

@@ -114,19 +114,26 @@ def _gram(family, rows, r, upper):
     return Launch("gram_kernel", read, written, unique, flops, splits * side * side), splits
 
 
-def _factor(family, rows, r):
-    """Partial sums of V^T V; the last program adds and inverts them."""
-    gram, splits = _gram(family, rows, r, upper=True)
+def factor(family, Ks, r):
+    """The factors of layers of K features, one launch; the last program of a layer adds and inverts V^T V."""
+    grams = [_gram(family, K, r, upper=True) for K in Ks]
     R, side = tiles.rank(r), _over(r, min(tiles.rank(r), 32))
-    programs = splits * side * (side + 1) // 2
     merges = [(B, R // (2 * B)) for B in (16, 32, 64) if B < R]
-    read = 8 * (splits * r * r + 16 * R + R * R + sum(3 * B * B * pairs for B, pairs in merges)) + 4 * programs
-    written = 8 * (2 * R * R + 16 * R + r * r + sum(B * B * pairs for B, pairs in merges)) + 4 * (programs + 1)
+    n, splits = len(Ks), [splits for _, splits in grams]
+    programs = sum(splits) * side * (side + 1) // 2
+    read = 8 * (16 * R + R * R + sum(3 * B * B * pairs for B, pairs in merges))
+    written = 8 * (2 * R * R + 16 * R + r * r + sum(B * B * pairs for B, pairs in merges)) + 4
     # Four warps share a 16 x 16 product by doing it twice.
-    flops = gram.flops["tensor_fp64"] + sum(4 * B**3 * pairs * (2 if B == 16 else 1) for B, pairs in merges)
-    return Launch("wy_factor_kernel", gram.read + read, gram.written + written,
-                  gram.unique + 8 * (splits * r * r + r * r + 4 * R * R), {"tensor_fp64": flops},
-                  splits * side * side)  # fmt: skip
+    flops = sum(4 * B**3 * pairs * (2 if B == 16 else 1) for B, pairs in merges)
+    sums = 8 * sum(splits) * r * r
+    return Launch(
+        "wy_factor_kernel",
+        sum(gram.read for gram, _ in grams) + n * read + sums + 4 * programs,
+        sum(gram.written for gram, _ in grams) + n * written + 4 * programs,
+        sum(gram.unique for gram, _ in grams) + n * 8 * (r * r + 4 * R * R) + sums,
+        {"tensor_fp64": sum(gram.flops["tensor_fp64"] for gram, _ in grams) + n * flops},
+        n * max(splits) * side * side,
+    )
 
 
 def _gram_gradient(r):
@@ -225,7 +232,7 @@ def launches(op, *, M, K, N, r, dtype, family):
         raise NotImplementedError("costs are stated for float32 and half precision")
     half = dtype.itemsize == 2
     if op == "wy_factor":
-        return [_factor(family, K, r)]
+        return [factor(family, [K], r)]
     if op in ("orthogonality_penalty", "orthogonality_penalty_backward"):
         gram, splits = _gram(family, K, r, upper=True)
         backward = op.endswith("backward")

@@ -208,17 +208,34 @@ def _z_terms(dtype):
     return {torch.float64: 1, torch.float32: 3}.get(dtype, 2)
 
 
-def wy_factor(V):
-    rows, r = V.shape
-    R, (side, splits, per_split) = tiles.rank(r), _gram_splits(rows, r)
-    T, partial = (V.new_empty(*shape, dtype=torch.float64) for shape in ((r, r), (splits, r, r)))
-    work, count = V.new_empty(2, R, R, dtype=torch.float64), _triton.counter(V)
+def factor_many(Vs):
+    """T of each V [K, r], one dtype and r, K and strides as they come: one launch for every 64 layers."""
+    Ts = [V.new_empty(V.shape[1], V.shape[1], dtype=torch.float64) for V in Vs]
+    most = tiles.LAYERS[-1]
+    for i in range(0, len(Vs), most):
+        _factor(Vs[i : i + most], Ts[i : i + most])
+    return Ts
+
+
+def _factor(Vs, Ts):
+    V, r, count = Vs[0], Vs[0].shape[1], len(Vs)
+    R, missing = tiles.rank(r), tiles.layers(count) - count
+    cuts = [_gram_splits(len(V), r) for V in Vs]
+    side, most = cuts[0][0], max(splits for _, splits, _ in cuts)
+    partial = V.new_empty(count, most, r, r, dtype=torch.float64)
+    work = V.new_empty(count, 2, R, R, dtype=torch.float64)
+    layers = [(V, T, len(V), *V.stride(), per_split) for V, T, (_, _, per_split) in zip(Vs, Ts, cuts, strict=True)]
+    # The last layer stands for those that are missing: no program comes to them.
+    columns = zip(*layers, *layers[-1:] * missing, strict=True)
     with _triton.guard(V):
-        _kernels().wy_factor_kernel[(splits, side, side)](
-            V, partial, work, T, count, rows, r, *V.stride(), per_split, splits, splits * side * (side + 1) // 2,
+        _kernels().wy_factor_kernel[(count * most, side, side)](
+            *columns, partial, work, _triton.counters(V, count + missing), most, r, side * (side + 1) // 2,
             tiles.GRAM_ROWS, min(R, 32), R, num_warps=4, num_stages=1, enable_fp_fusion=False,
         )  # fmt: skip
-    return T
+
+
+def wy_factor(V):
+    return factor_many([V])[0]
 
 
 def wy_factor_backward(dT, V, T):

@@ -420,24 +420,39 @@ def _merge(p_a, p_t, R: tl.constexpr, B: tl.constexpr):
 
 
 @triton.jit
+def _of_layer(values, layer):
+    """values[layer] of a tuple, of a layer that only the program knows."""
+    value = values[0]
+    for k in tl.static_range(1, len(values)):
+        value = tl.where(layer == k, values[k], value)
+    return value
+
+
+@triton.jit(do_not_specialize=["most"])
 def wy_factor_kernel(
-    p_v, p_part, p_work, p_t, p_count, rows, r, s_i, s_j, per_split, splits, programs,
+    p_vs, p_ts, rows, s_i, s_j, per_split, p_part, p_work, p_count, most, r, tiles,
     BL: tl.constexpr, BR: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """T = A^-1, A = striu(G) + diag(G) / 2 of G = V^T V: partial sums of G, which the last program adds and inverts.
 
-    Launch: (splits, r / BR, r / BR), programs of which have a tile that meets the triangle. count [1] int32 is zero
-    before and after. Bytes: V once per tile of BR columns, 8 splits r^2 written and read, 8 r^2 written, besides work.
+    Tuples have an entry for each layer. Launch: (layers most, r / BR, r / BR), `most` the greatest number of splits;
+    `tiles` programs of a split meet the triangle. count [layers] int32 is zero before and after. Bytes of a layer: V
+    once per tile of BR columns, 8 splits r^2 written and read, 8 r^2 written, besides work.
     """
-    i_s, i_i, i_j = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    if i_i > i_j:
+    layer, i_s = tl.program_id(0) // most, tl.program_id(0) % most
+    i_i, i_j = tl.program_id(1), tl.program_id(2)
+    n, length = _of_layer(rows, layer), _of_layer(per_split, layer)
+    splits = tl.cdiv(n, length)
+    if i_i > i_j or i_s >= splits:
         return
-    _partial_gram(p_v, p_v, p_part, rows, r, s_i, s_j, s_i, s_j, per_split, i_s, i_i, i_j, BL, BR)
+    p_v, s_i, s_j = _of_layer(p_vs, layer), _of_layer(s_i, layer), _of_layer(s_j, layer)
+    p_part += (layer * most).to(tl.int64) * (r * r)
+    _partial_gram(p_v, p_v, p_part, n, r, s_i, s_j, s_i, s_j, length, i_s, i_i, i_j, BL, BR)
     tl.debug_barrier()
-    before = tl.atomic_add(p_count, 1, sem="acq_rel")
-    if before == programs - 1:
-        tl.store(p_count, 0)
-        _invert(p_part, p_work, p_t, r, splits, R)
+    before = tl.atomic_add(p_count + layer, 1, sem="acq_rel")
+    if before == splits * tiles - 1:
+        tl.store(p_count + layer, 0)
+        _invert(p_part, p_work + layer * (2 * R * R), _of_layer(p_ts, layer), r, splits, R)
 
 
 @triton.jit

@@ -103,6 +103,15 @@ def dx_terms(x_dtype, K, r):
     return 1 if x_dtype is torch.bfloat16 and 32 * r <= K else 2
 
 
+# Layers whose factors one launch makes; a kernel is compiled for each of these numbers.
+LAYERS = (1, 8, 64)
+
+
+def layers(count):
+    """The least number of layers that a kernel is compiled for and `count` fit into."""
+    return next(n for n in LAYERS if count <= n)
+
+
 GROUP = 8
 CORE_ROWS = 64
 SPLIT_ROWS = {16: 128, 32: 64, 64: 32, 128: 16}

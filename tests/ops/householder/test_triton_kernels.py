@@ -6,11 +6,12 @@ import devices
 import oracle
 import pytest
 import torch
+import triton_launches
 
 import peftkern
 from peftkern import dispatch
 from peftkern.ops import _triton
-from peftkern.ops.householder import costs, reference
+from peftkern.ops.householder import costs, costs_triton, reference
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -175,6 +176,30 @@ def test_only_the_wanted_gradients_are_computed(vm, way, op, mask):
     assert len(vm.launches) - launches <= (launches if mask[1] else launches - 1)
     for wanted, ours, full in zip((mask[0], mask[1], mask[1])[: len(both)], seen, both, strict=True):
         assert torch.equal(ours, full) if wanted else ours.numel() == 0
+
+
+LAYERS = [(40, 12), (700, 12), (64, 12), (257, 12)], [(90, 40)] * 9, [(130, 100), (33, 100)], [(1, 1), (50, 1)]
+
+
+@pytest.mark.parametrize("layers", LAYERS, ids=str)
+def test_many_layers_take_one_launch_and_the_bits_of_each_alone(vm, layers):
+    Vs = [torch.randn(K, r) for K, r in layers]
+    Vs[1][:, 3:5] = 0
+    Vs[0] = Vs[0].T.contiguous().T
+    together = ptxvm.same_in_any_order(
+        lambda **options: vm.set(**options) or torch.cat([T.flatten() for T in backend.factor_many(Vs)])
+    )
+    (seen, *_), (first, *_) = vm.launches, Vs
+    stated = costs_triton.factor("sm80", [K for K, _ in layers], first.shape[1])
+    triton_launches.holds([seen], [stated])
+    assert torch.equal(together, torch.cat([backend.wy_factor(V).flatten() for V in Vs]))
+    assert vm.launches[-1].kernel == seen.kernel == stated.kernel
+
+
+def test_a_launch_has_an_end_of_layers(vm):
+    V = torch.randn(20, 3)
+    Ts = backend.factor_many([V] * 65)
+    assert [launch.grid[0] for launch in vm.launches] == [64, 1] and all(torch.equal(T, Ts[0]) for T in Ts)
 
 
 def test_rows_with_a_stride_are_read_in_place(vm):
