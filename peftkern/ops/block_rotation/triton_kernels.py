@@ -113,6 +113,19 @@ def rotate_kernel(
 
 
 @triton.jit
+def _row_tile(p_x, o_m, o_k, m_k, M, s_x, TURNED: tl.constexpr):
+    """Rows o_m and columns o_k of x; TURNED: loaded as the transpose, by the same accesses.
+
+    A right factor whose float32 numbers are split into terms meets two lanes in a bank on its way to the tensor cores:
+    Triton lays it out in shared memory as if it were of half precision. A transpose it passes on without such a layout.
+    """
+    if TURNED:
+        b_x = tl.load(p_x + o_m[None, :] * s_x + o_k[:, None], mask=(o_m[None, :] < M) & m_k[:, None], other=0.0)
+        return tl.trans(b_x)
+    return tl.load(p_x + o_m[:, None] * s_x + o_k[None, :], mask=(o_m[:, None] < M) & m_k[None, :], other=0.0)
+
+
+@triton.jit
 def rotate_backward_kernel(
     p_dz, p_x, p_r, p_dx, p_dr, M, K, s_dz, s_x, per_split, panels,
     B: tl.constexpr, W: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, SHARED: tl.constexpr, TRANSPOSE: tl.constexpr,
@@ -128,6 +141,7 @@ def rotate_backward_kernel(
     K, s_dz, s_x = _eights(K, ALIGNED), _eights(s_dz, ALIGNED), _eights(s_x, ALIGNED)
     i_p, i_s = tl.program_id(0), tl.program_id(1)
     o_c, o_i = tl.arange(0, P), tl.arange(0, BM)
+    TURNED: tl.constexpr = WANT_DR and p_x.dtype.element_ty == tl.float32
     start = i_p * panels * W
     if WANT_DX:
         b_r = _rotation(p_r, 0 if SHARED else start, W if SHARED else K, B, W, P, SHARED, not TRANSPOSE)
@@ -138,19 +152,18 @@ def rotate_backward_kernel(
         first, m = start, begin + i * BM
         if SHARED:
             first, m = start + i // tiles * W, begin + i % tiles * BM
-        o_k = first + o_c[None, :]
-        o_m = (m + o_i).to(tl.int64)[:, None]
-        mask = (o_m < M) & (o_c[None, :] < W) & (o_k < K)
-        b_dz = tl.load(p_dz + o_m * s_dz + o_k, mask=mask, other=0.0)
+        o_k, o_m = first + o_c, (m + o_i).to(tl.int64)
+        m_k = (o_c < W) & (o_k < K)
+        b_dz = _row_tile(p_dz, o_m, o_k, m_k, M, s_dz, TURNED and not TRANSPOSE)
         if WANT_DR:
-            b_x = tl.load(p_x + o_m * s_x + o_k, mask=mask, other=0.0)
+            b_x = _row_tile(p_x, o_m, o_k, m_k, M, s_x, TURNED and TRANSPOSE)
             if TRANSPOSE:
                 b_dr += dot(b_dz, b_x, tl.zeros((P, P), b_dr.dtype), True)
             else:
                 b_dr += dot(b_x, b_dz, tl.zeros((P, P), b_dr.dtype), True)
         if WANT_DX:
-            b_dx = _rotated(b_dz, b_r, B, W, P)
-            tl.store(p_dx + o_m * K + o_k, b_dx.to(p_dx.dtype.element_ty), mask=mask)
+            b_dx = _rotated(b_dz, b_r, B, W, P).to(p_dx.dtype.element_ty)
+            tl.store(p_dx + o_m[:, None] * K + o_k[None, :], b_dx, mask=(o_m[:, None] < M) & m_k[None, :])
     if WANT_DR:
         o_b, o_i, o_j, inside = _places(0 if SHARED else start, W if SHARED else K, B, W, P)
         if SHARED:
