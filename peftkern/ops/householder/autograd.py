@@ -7,7 +7,7 @@ it is taken from the reference formulas, which torch can differentiate again; no
 import torch
 import torch.nn.functional as F
 
-from peftkern.ops import _transforms
+from peftkern.ops import _scratch, _transforms
 from peftkern.ops.householder import contract, reference
 
 _ops = torch.ops.peftkern
@@ -140,7 +140,9 @@ def _linear(ctx, x, weight, bias, V, T, exact):
         return _ops.rotated_linear(x, weight, bias, V, T, any(ctx.needs_input_grad))
     z, P = _ops.rotate(x, V, T, False)
     with _transforms.no_autocast(x.device.type):
-        return F.linear(z, weight, bias), P, V.new_empty(0, V.shape[1])
+        y = F.linear(z, weight, bias)
+    _scratch.give(z)
+    return y, P, V.new_empty(0, V.shape[1])
 
 
 class RotatedLinear(torch.autograd.Function):

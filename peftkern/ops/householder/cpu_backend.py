@@ -13,6 +13,7 @@ from peftkern.ops._rows import HALF as _HALF
 from peftkern.ops._rows import add_product, adds_in_one_accumulator
 from peftkern.ops._rows import like_rows as _like_rows
 from peftkern.ops._rows import rows as _rows
+from peftkern.ops._scratch import take as _take
 from peftkern.ops.householder import reference
 
 _library, _level, _reason = _native.cpu()
@@ -76,7 +77,7 @@ def rotate(x, V, T, reverse):
     K, r = V.shape
     M, T = x.numel() // K, T.contiguous()
     rows, stride = _rows(x, K)
-    z, P = _like_rows(x), V.new_empty(M, r)
+    z, P = _take(x), V.new_empty(M, r)
     # fmt: off
     _library.rotate(_level, _threads(), rows.data_ptr(), _CODES[x.dtype], M, stride, *_factor(V), T.data_ptr(), reverse,
                     z.data_ptr(), P.data_ptr())
