@@ -1,5 +1,6 @@
 // Rows times one dense matrix per group of G columns, up to 64 of them (half precision: 128), in one launch:
-//   z = x D          [M, n G]     (times D^T when transposed), half precision or float32, D [n, G, G] float32
+//   z = x D          [M, n G]     (times D^T when transposed), half precision or float32, D [n, G, G] float32;
+//                                 s x D with one float32 number s of each row, before the rounding
 //   dx = dz D^T, dD = x^T dz within groups, summed over a run of rows: partial [chunks, n, G, G] float32
 // A block rotation has D = R; the f stages of a butterfly are multiplied into one D by a small launch
 // (block_stages.cu).
@@ -122,7 +123,7 @@ __device__ inline void store_row(X* to, const float (&z)[4][2], int first_column
 }
 
 // Rotates the warp's half of a tile of rows, which begin at row0 of z, and stores it.
-template <typename X, int P>
+template <typename X, int P, bool kScaled = false>
 __device__ inline void rotate_tile(const BlockOperand<X, P>& D, const X* rows, int64_t row0, int64_t end,
                                    const BlockRows& a) {
   using Tile = BlockTile<X, P>;
@@ -139,9 +140,14 @@ __device__ inline void rotate_tile(const BlockOperand<X, P>& D, const X* rows, i
       float pairs[4][2];
 #pragma unroll
       for (int j = 0; j < 4; j++) pairs[j][0] = z[j][2 * lower], pairs[j][1] = z[j][2 * lower + 1];
+      if constexpr (kScaled) {
+        const float scale = row < end ? a.row_scale[row] : 0.0f;
+#pragma unroll
+        for (int j = 0; j < 4; j++) pairs[j][0] *= scale, pairs[j][1] *= scale;
+      }
       X* to = row < end ? static_cast<X*>(a.z) + row * width : nullptr;
       store_row<X, P>(to, pairs, kSlice * slice, lane % 4, a);
-      if constexpr (sizeof(X) == 2) {
+      if constexpr (sizeof(X) == 2 && !kScaled) {
         if (a.z_low == nullptr) continue;
 #pragma unroll
         for (int j = 0; j < 4; j++) {
@@ -177,8 +183,8 @@ __device__ inline void load_operand(BlockOperand<X, P>& D, const BlockRows& a) {
 template <typename X>
 constexpr int kForwardStages = sizeof(X) == 2 ? 4 : 3;
 
-template <typename X, int P>
-__global__ void __launch_bounds__(BlockTile<X, P>::kThreads) block_rotate_kernel(const __grid_constant__ BlockRows a) {
+template <typename X, int P, bool kScaled>
+__device__ inline void rotate_rows(const BlockRows& a) {
   using Tile = BlockTile<X, P>;
   constexpr int kStages = kForwardStages<X>;
   extern __shared__ __align__(16) char shared[];
@@ -200,9 +206,19 @@ __global__ void __launch_bounds__(BlockTile<X, P>::kThreads) block_rotate_kernel
     copy_wait<kStages - 2>();
     __syncthreads();
     fetch(step + kStages - 1);
-    rotate_tile<X, P>(D, ring + step % kStages * (kTileRows * Tile::kStride), begin + int64_t(step) * kTileRows, end,
-                      a);
+    rotate_tile<X, P, kScaled>(D, ring + step % kStages * (kTileRows * Tile::kStride),
+                               begin + int64_t(step) * kTileRows, end, a);
   }
+}
+
+template <typename X, int P>
+__global__ void __launch_bounds__(BlockTile<X, P>::kThreads) block_rotate_kernel(const __grid_constant__ BlockRows a) {
+  rotate_rows<X, P, false>(a);
+}
+template <typename X, int P>
+__global__ void __launch_bounds__(BlockTile<X, P>::kThreads)
+    block_rotate_scaled_kernel(const __grid_constant__ BlockRows a) {
+  rotate_rows<X, P, true>(a);
 }
 
 template <typename X, int P>
@@ -279,7 +295,7 @@ static int launch_block_rows(const BlockRows& a, void* stream) {
   const dim3 grid((a.n * P + Tile::kPanel - 1) / Tile::kPanel, block_chunks(a.M, a.n, a.G));
   const bool backward = a.partial != nullptr;
   if (!backward || (!kRotates<P> && a.z != nullptr)) {
-    auto* kernel = block_rotate_kernel<X, P>;
+    auto* kernel = a.row_scale != nullptr ? block_rotate_scaled_kernel<X, P> : block_rotate_kernel<X, P>;
     const int status = launch(kernel, grid, Tile::kThreads, kForwardStages<X> * Tile::kBytes, stream, a);
     if (status != cudaSuccess || !backward) return status;
   }

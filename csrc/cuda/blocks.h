@@ -19,9 +19,10 @@ struct BlockRows {
   int64_t stride;    // elements between rows
   const float* D;    // [n, G, G], or [1, G, G] for all groups
   bool shared;
-  bool transpose;  // times D^T
-  void* z;         // [M, n G]; backward: may be null
-  void* z_low;     // half precision only, or null: what z lacks of the unrounded rows
+  bool transpose;          // times D^T
+  void* z;                 // [M, n G]; backward: may be null
+  void* z_low;             // half precision only, or null: what z lacks of the unrounded rows
+  const float* row_scale;  // [M] or null: z times a number of its row
   // Backward, where `rows` are dz and D is applied the other way round:
   const void* saved;  // x [M, n G]
   int64_t saved_stride;

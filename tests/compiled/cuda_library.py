@@ -47,11 +47,12 @@ TENSOR = {
     "gram_schmidt_gram_kernel": "DMMA",
     "gram_schmidt_factor_kernel": "DMMA",
     "block_rotate_kernel": "HMMA",
+    "block_rotate_scaled_kernel": "HMMA",
     "block_rotate_backward_kernel": "HMMA",
 }
 WIDE = (
     "householder_rows_kernel", "householder_outer_kernel", "gram_schmidt_gram_kernel", "block_rotate_kernel",
-    "block_rotate_backward_kernel", "scale_outputs_kernel", "scale_product_kernel",
+    "block_rotate_scaled_kernel", "block_rotate_backward_kernel", "scale_outputs_kernel", "scale_product_kernel",
 )  # fmt: skip
 
 

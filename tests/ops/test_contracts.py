@@ -171,6 +171,12 @@ SAMPLES = {
         (small(4, 14), small(4, 14), one_stage, True, [True, False]),
         (wide_rows(0, K=16), wide_rows(0, K=16), stages, False, [True, True]),
     ],
+    "butterfly_rotate_weight": [
+        (bf16(7, 16), small(7), stages),
+        (small(16, 7, dtype=torch.float64).T, small(7, dtype=torch.float64), stages64),
+        (small(7, 28)[:, :14], small(14)[::2], one_stage.mT),
+        (bf16(0, 16), small(0), stages),
+    ],
     "scale_outputs": [
         (bf16(4, 5, 7), small(7), bf16(7)),
         (small(4, 7, dtype=torch.float64), small(7, dtype=torch.float64), None),

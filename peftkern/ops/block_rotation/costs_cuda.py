@@ -10,7 +10,7 @@ import torch
 from peftkern.ops._costs import Launch
 
 _DEVICE = 132  # multiprocessors of a large one
-_TILE_ROWS, _STAGE_ROWS = 64, 32
+_TILE_ROWS, _STAGE_ROWS, _SLICE = 64, 32, 32
 _UNITS = {torch.bfloat16: "tensor_bf16", torch.float16: "tensor_fp16", torch.float32: "tensor_tf32"}
 
 
@@ -53,13 +53,18 @@ class Groups:
         """Flops of M rows, in whole tiles, times padded matrices, of which `width` columns are made at once."""
         return {_UNITS[self.dtype]: 2 * terms * over(M, _TILE_ROWS) * _TILE_ROWS * self.panels * self.panel * width}
 
-    def rotate(self, M, outputs=1):
-        """z = x D, and what z lacks where there are two outputs."""
+    def rotate(self, M, outputs=1, scaled=False):
+        """z = x D, and what z lacks where there are two outputs; scaled: times a number of each row."""
         n, G, chunks, rows = self.n, self.G, self.chunks(M), self.size * M * self.n * self.G
         flops = self._products(M, 3 if self.size == 4 else 2, self.padded)
+        # Four lanes of each slice of a panel read the number of a row.
         read, written = rows + 8 * chunks * n * G * G, outputs * rows
         unique = rows + written + self.stored
-        return [*self.product(), Launch("block_rotate_kernel", read, written, unique, flops, chunks * self.panels)]
+        name = "block_rotate_kernel"
+        if scaled:
+            name, read = "block_rotate_scaled_kernel", read + 16 * M * self.panels * self.panel // _SLICE
+            unique += 4 * M
+        return [*self.product(), Launch(name, read, written, unique, flops, chunks * self.panels)]
 
     def rotate_backward(self, M, mask):
         want_dx, want_dR = mask

@@ -31,15 +31,19 @@ def _flops(dtype, **products):
     return flops
 
 
-def _wide_rotate(family, dtype, M, K, b, shared, terms):
-    s, (BM, BC, _) = dtype.itemsize, tiles.wide(family, dtype)
+def _scales(M, rows, columns, warps):
+    """Bytes of the numbers of M rows: read by four lanes of each warp beside others on the same rows."""
+    return 16 * M * (warps if columns >= 2 * rows else repeated(rows, rows, warps))
+
+
+def _wide_rotate(family, dtype, M, K, b, shared, terms, scaled=False):
+    s, (BM, BC, warps) = dtype.itemsize, tiles.wide(family, dtype)
     chunks, programs = _over(b, BC), _over(M, BM)
-    R, rows = 4 * K * b, M * K * s
+    R, rows, scales = 4 * K * b, M * K * s, _scales(M, BM, BC, warps) * K // b * chunks if scaled else 0
     flops = {_KINDS[dtype]: _ROTATED[s] * 2 * programs * BM * K // b * (chunks * BC) ** 2}
-    unique = rows * (1 + terms) + (4 * b * b if shared else R)
-    return Launch(
-        "wide_rotate_kernel", chunks * rows + programs * R, terms * rows, unique, flops, programs * K // b * chunks
-    )
+    unique = rows * (1 + terms) + (4 * b * b if shared else R) + 4 * M * scaled
+    read = chunks * rows + programs * R + scales
+    return Launch("wide_rotate_kernel", read, terms * rows, unique, flops, programs * K // b * chunks)
 
 
 def _wide_sums(family, dtype, M, K, b):
@@ -53,18 +57,19 @@ def _wide_sums(family, dtype, M, K, b):
     return Launch("wide_sums_kernel", chunks * rows, 4 * partial, rows + 4 * partial, flops, programs * splits), partial
 
 
-def rotate(family, dtype, M, K, b, shared=False, terms=1):
-    """x R, written in `terms` terms."""
+def rotate(family, dtype, M, K, b, shared=False, terms=1, scaled=False):
+    """x R, written in `terms` terms; scaled: times a number of each row."""
     if b > tiles.PANEL_MOST[dtype]:
-        return _wide_rotate(family, dtype, M, K, b, shared, terms)
+        return _wide_rotate(family, dtype, M, K, b, shared, terms, scaled)
     s, tile = dtype.itemsize, tiles.tile(family, dtype, b)
     panels = _over(K, tile.width)
     splits, _ = tiles.splits(family, tile.programs, tile.rows, panels, M)
     R, written = 4 * K * b, terms * M * K * s
     square = 2 * panels * _padded(M, tile.rows) * tile.panel**2 * repeated(tile.rows, tile.panel, tile.warps)
     flops = _flops(dtype, flops=_ROTATED[s] * square, flags=square * (tile.width > b))
-    unique = M * K * s + (4 * b * b if shared else R) + written
-    return Launch("rotate_kernel", M * K * s + splits * R, written, unique, flops, panels * splits)
+    unique = M * K * s + (4 * b * b if shared else R) + written + 4 * M * scaled
+    read = M * K * s + splits * R + (_scales(M, tile.rows, tile.panel, tile.warps) * panels if scaled else 0)
+    return Launch("rotate_kernel", read, written, unique, flops, panels * splits)
 
 
 def rotate_backward(family, dtype, M, K, b, shared=False, mask=None):

@@ -133,24 +133,27 @@ class _Groups:
             )  # fmt: skip
         return C
 
-    def rotate_f64(self, x, transpose):
-        """x D, or x D^T."""
+    def rotate_f64(self, x, transpose, row_scale=None):
+        """x D, or x D^T, times a number of each row."""
         G, K, (x_rows, stride), z = self.G, self.n * self.G, rows(x, self.n * self.G), x.new_empty(x.shape)
         D = (0 if self.shared else G * G, *((1, G) if transpose else (G, 1)))
-        return self.product_f64(x_rows, self.D, z, (G, stride, 1), D, (G, K, 1), x.numel() // K, G, G)
+        self.product_f64(x_rows, self.D, z, (G, stride, 1), D, (G, K, 1), x.numel() // K, G, G)
+        return z if row_scale is None else z.mul_(row_scale[:, None])
 
 
-def rotate(x, R, transpose, low=False):
-    """z like x = x R, x R^T when transposed; with `low` also what z lacks, as a second tensor like it."""
+def rotate(x, R, transpose, low=False, row_scale=None):
+    """z like x = x R, x R^T when transposed, times row_scale [M]; with `low` also what z lacks, as a second tensor."""
     K = x.shape[-1]
     groups = _Groups(R, K)
     if x.dtype is torch.float64:
-        return groups.rotate_f64(x, transpose)
+        return groups.rotate_f64(x, transpose, row_scale)
     (x_rows, stride), z, z_low = rows(x, K), like_rows(x), like_rows(x) if low else None
+    row_scale = None if row_scale is None else row_scale.contiguous()
     with _cuda.guard(x):
         _cuda.library().block_rows(
             CODES[x.dtype], x_rows.data_ptr(), stride, groups.D.data_ptr(), groups.shared, transpose, z.data_ptr(),
-            z_low.data_ptr() if low else 0, 0, 0, 0, x.numel() // K, groups.n, groups.G, _cuda.stream(x),
+            z_low.data_ptr() if low else 0, 0 if row_scale is None else row_scale.data_ptr(), 0, 0, 0,
+            x.numel() // K, groups.n, groups.G, _cuda.stream(x),
         )  # fmt: skip
     return (z, z_low) if low else z
 
@@ -177,7 +180,7 @@ def rotate_backward(dz, x, R, transpose, output_mask):
     with _cuda.guard(x):
         library.block_rows(
             CODES[x.dtype], dz_rows.data_ptr(), dz_stride, groups.D.data_ptr(), groups.shared, not transpose,
-            dx.data_ptr() if want_dx else 0, 0, x_rows.data_ptr(), x_stride, partial.data_ptr(), M, n, G,
+            dx.data_ptr() if want_dx else 0, 0, 0, x_rows.data_ptr(), x_stride, partial.data_ptr(), M, n, G,
             _cuda.stream(x),
         )  # fmt: skip
     return dx, groups.gradient(partial)

@@ -119,9 +119,10 @@ def skew_cayley_backward(dR, R):
     return cayley_backward(dR, R, False)
 
 
-def rotate_to(x, R, transpose, terms, z, stride, step=0):
-    """z = x R in `terms` terms, `step` apart, its rows `stride` apart; R [K/b or 1, b, b]."""
+def rotate_to(x, R, transpose, terms, z, stride, step=0, scale=None):
+    """z = x R in `terms` terms, `step` apart, its rows `stride` apart, times scale [M]; R [K/b or 1, b, b]."""
     K, R = x.shape[-1], R.contiguous()
+    s, scales = (R, False) if scale is None else (scale.contiguous(), True)
     M = x.numel() // K
     if M == 0:
         return z
@@ -130,7 +131,7 @@ def rotate_to(x, R, transpose, terms, z, stride, step=0):
         BM, BC, warps = tiles.wide(family, x.dtype)
         with _triton.guard(x):
             _kernels().wide_rotate_kernel[(K // b * _cdiv(b, BC), _cdiv(M, BM))](
-                x_rows, R, z, M, K, x_stride, stride, step, b, BM, BC, len(R) == 1, transpose, terms,
+                x_rows, R, z, s, M, K, x_stride, stride, step, b, BM, BC, len(R) == 1, transpose, terms, scales,
                 _aligned(K, x_stride, stride), num_warps=warps, num_stages=1,
             )  # fmt: skip
         return z
@@ -139,8 +140,9 @@ def rotate_to(x, R, transpose, terms, z, stride, step=0):
     splits, per_split = tiles.splits(family, tile.programs, tile.rows, panels, M)
     with _triton.guard(x):
         _kernels().rotate_kernel[(panels, splits)](
-            x_rows, R, z, M, K, x_stride, stride, step, per_split, R.shape[1], tile.width, tile.panel, tile.rows,
-            len(R) == 1, transpose, terms, _aligned(K, x_stride, stride), num_warps=tile.warps, num_stages=tile.stages,
+            x_rows, R, z, s, M, K, x_stride, stride, step, per_split, R.shape[1], tile.width, tile.panel, tile.rows,
+            len(R) == 1, transpose, terms, scales, _aligned(K, x_stride, stride), num_warps=tile.warps,
+            num_stages=tile.stages,
         )  # fmt: skip
     return z
 

@@ -86,11 +86,11 @@ def _rotated(b_x, b_r, B: tl.constexpr, W: tl.constexpr, P: tl.constexpr):
 
 @triton.jit
 def rotate_kernel(
-    p_x, p_r, p_z, M, K, s_x, s_z, step_z, per_split,
+    p_x, p_r, p_z, p_s, M, K, s_x, s_z, step_z, per_split,
     B: tl.constexpr, W: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, SHARED: tl.constexpr, TRANSPOSE: tl.constexpr,
-    TERMS: tl.constexpr, ALIGNED: tl.constexpr,
+    TERMS: tl.constexpr, SCALE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """z = x R (x R^T), in TERMS terms of z's dtype, `step_z` apart.
+    """z = x R (x R^T), in TERMS terms of z's dtype, `step_z` apart; SCALE: times a number s [M] of each row.
 
     Launch: (K / W, row splits). Bytes: x and z once, R once per split. Flops: 2 MKP, twice that for half precision.
     """
@@ -105,6 +105,8 @@ def rotate_kernel(
         mask = (o_m < M) & m_k[None, :]
         b_x = tl.load(p_x + o_m * s_x + first + o_c[None, :], mask=mask, other=0.0)
         b_z = _rotated(b_x, b_r, B, W, P)
+        if SCALE:
+            b_z *= tl.load(p_s + m + o_i, mask=m + o_i < M, other=0.0)[:, None]
         p_zs = p_z + o_m * s_z + first + o_c[None, :]
         b_high = b_z.to(p_z.dtype.element_ty)
         tl.store(p_zs, b_high, mask=mask)
@@ -175,9 +177,9 @@ def rotate_backward_kernel(
 
 @triton.jit
 def wide_rotate_kernel(
-    p_x, p_r, p_z, M, K, s_x, s_z, step_z,
+    p_x, p_r, p_z, p_s, M, K, s_x, s_z, step_z,
     B: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, SHARED: tl.constexpr, TRANSPOSE: tl.constexpr,
-    TERMS: tl.constexpr, ALIGNED: tl.constexpr,
+    TERMS: tl.constexpr, SCALE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """rotate_kernel for blocks that no panel holds: BC columns of z per program, from all columns of their block.
 
@@ -198,6 +200,9 @@ def wide_rotate_kernel(
         b_z += _product(b_x, tl.load(p_r + o_r, mask=(o_k[:, None] < B) & (o_j < B), other=0.0))
     mask = (o_m < M) & (o_j < B)
     p_zs = p_z + o_m * s_z + i_b * B + o_j
+    if SCALE:
+        o_i = tl.program_id(1) * BM + tl.arange(0, BM)
+        b_z *= tl.load(p_s + o_i, mask=o_i < M, other=0.0)[:, None]
     b_high = b_z.to(p_z.dtype.element_ty)
     tl.store(p_zs, b_high, mask=mask)
     if TERMS > 1:

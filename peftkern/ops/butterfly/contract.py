@@ -33,14 +33,14 @@ def check_stages(op, R, name="R", dtypes=_checks.WORKING):
     check_sizes(op, n * b, b, f)
 
 
-def _check_rows(op, x, R):
-    _checks.floating(op, "x", x)
+def _check_rows(op, x, R, name="x"):
+    _checks.floating(op, name, x)
     K = R.shape[1] * R.shape[2]
     if x.dim() < 1 or x.shape[-1] != K:
-        raise ValueError(f"{op}: x must have K = {K} columns like R; got {_checks.describe(x)}")
+        raise ValueError(f"{op}: {name} must have K = {K} columns like R; got {_checks.describe(x)}")
     if (x.dtype is torch.float64) != (R.dtype is torch.float64):
-        raise TypeError(f"{op}: R must be float64 exactly when x is; got x {x.dtype} and R {R.dtype}")
-    _checks.same_device(op, x=x, R=R)
+        raise TypeError(f"{op}: R must be float64 exactly when {name} is; got {name} {x.dtype} and R {R.dtype}")
+    _checks.same_device(op, **{name: x, "R": R})
 
 
 def check_scale(op, y, scale, bias):
@@ -78,6 +78,15 @@ def check_butterfly_rotate_backward(dz, x, R, transpose, output_mask):
     if dz.shape != x.shape or dz.dtype is not x.dtype:
         raise ValueError(f"{op}: dz must be like x; got {_checks.describe(dz)} and {_checks.describe(x)}")
     _checks.same_device(op, dz=dz, x=x)
+
+
+def check_butterfly_rotate_weight(weight, scale, R):
+    op = "butterfly_rotate_weight"
+    check_stages(op, R)
+    _check_rows(op, weight, R, "weight")
+    if weight.dim() != 2:
+        raise ValueError(f"{op}: weight must be [N, K]; got {_checks.describe(weight)}")
+    check_scale(op, weight.mT, scale, None)
 
 
 def check_scale_outputs(y, scale, bias):
@@ -158,6 +167,13 @@ BUTTERFLY_ROTATE_BACKWARD = Operation(
     check_butterfly_rotate_backward,
     lambda dz, x, R, transpose, output_mask: fake_gradients(x, R, output_mask),
     lambda dz, x, R, *_: _key_rows(x, R),
+)
+BUTTERFLY_ROTATE_WEIGHT = Operation(
+    "butterfly_rotate_weight(Tensor weight, Tensor scale, Tensor R) -> Tensor",
+    FAMILY,
+    check_butterfly_rotate_weight,
+    lambda weight, scale, R: like(weight),
+    lambda weight, scale, R: _key_rows(weight, R),
 )
 SCALE_OUTPUTS = Operation(
     "scale_outputs(Tensor y, Tensor scale, Tensor? bias) -> Tensor",

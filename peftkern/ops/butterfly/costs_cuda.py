@@ -54,6 +54,8 @@ def launches(op, *, M, K, N, b, f=1, dtype, family, shared=False, terms=5, mask=
         return groups.rotate(M)
     if op == "butterfly_rotate_backward":
         return groups.rotate_backward(M, mask or (True, True))
+    if op == "butterfly_rotate_weight":
+        return groups.rotate(N, scaled=True)
     if op == "scale_outputs":
         return _scale(M, N, dtype)
     if op == "scale_outputs_backward":

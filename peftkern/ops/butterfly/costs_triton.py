@@ -67,9 +67,9 @@ def _scale_backward(family, dtype, M, N, want_dy=True, want_scale=True):
     return [launch, _reduce(N, splits)] if want_scale and splits > 1 else [launch]
 
 
-def _rotate(family, dtype, M, K, b, f, terms=1):
+def _rotate(family, dtype, M, K, b, f, terms=1, scaled=False):
     G = b << (f - 1)
-    rotate = blocks.rotate(family, dtype, M, K, G, K == G, terms)
+    rotate = blocks.rotate(family, dtype, M, K, G, K == G, terms, scaled)
     return [rotate] if f == 1 else [_stages(K, b, f), rotate]
 
 
@@ -95,6 +95,8 @@ def launches(op, *, M, K, N, b, f, dtype, family, mask=None):
         return _rotate(family, dtype, M, K, b, f)
     if op == "butterfly_rotate_backward":
         return _rotate_backward(family, dtype, M, K, b, f, mask or (True, True))
+    if op == "butterfly_rotate_weight":
+        return _rotate(family, dtype, N, K, b, f, scaled=True)
     if op == "scale_outputs":
         return [_scale(family, dtype, M, N)]
     if op == "scale_outputs_backward":

@@ -36,6 +36,7 @@ _block_of = {
     "dense_cayley_backward": lambda dR, R: R.shape[-1],
     "butterfly_rotate": lambda x, R, transpose: R.shape[-1],
     "butterfly_rotate_backward": lambda dz, x, R, *_: R.shape[-1],
+    "butterfly_rotate_weight": lambda weight, scale, R: R.shape[-1],
     "scale_outputs": lambda *_: 1,
     "scale_outputs_backward": lambda *_: 1,
     "butterfly_rotated_linear": lambda x, weight, bias, scale, R: R.shape[-1],
@@ -62,6 +63,11 @@ def dense_cayley_backward(dR, R):
 
 def butterfly_rotate(x, R, transpose):
     return blocks.rotate_to(x, R, transpose, like_rows(x))
+
+
+def butterfly_rotate_weight(weight, scale, R):
+    wide = blocks.rotate_to(weight, R, True, R.new_empty(weight.shape))
+    return wide.mul_(scale[:, None]).to(weight.dtype)
 
 
 def butterfly_rotate_backward(dz, x, R, transpose, output_mask):

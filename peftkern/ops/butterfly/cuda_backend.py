@@ -35,6 +35,7 @@ _R_AT = {
     "dense_cayley_backward": 1,
     "butterfly_rotate": 1,
     "butterfly_rotate_backward": 2,
+    "butterfly_rotate_weight": 2,
     "butterfly_rotated_linear": 4,
     "butterfly_rotated_linear_backward": 5,
 }
@@ -56,6 +57,10 @@ def butterfly_rotate(x, R, transpose):
 
 def butterfly_rotate_backward(dz, x, R, transpose, output_mask):
     return blocks.rotate_backward(dz, x, R, transpose, output_mask)
+
+
+def butterfly_rotate_weight(weight, scale, R):
+    return blocks.rotate(weight, R, True, row_scale=scale)
 
 
 def _pointer(tensor):

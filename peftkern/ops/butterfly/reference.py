@@ -63,6 +63,12 @@ def butterfly_rotate(x, R, transpose):
 
 
 @without_autocast
+def butterfly_rotate_weight(weight, scale, R):
+    """s W R^T, one number s for each row of W, like W."""
+    return (_stage_inputs(weight, R, True)[-1] * scale[:, None]).to(weight.dtype)
+
+
+@without_autocast
 def butterfly_rotate_backward(dz, x, R, transpose, output_mask):
     """The gradient through each stage, the last first: dR_s = u_s^T g, g <- g R_s^T, with u_s the input of stage s."""
     want_dx, want_dR = output_mask

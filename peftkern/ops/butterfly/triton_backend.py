@@ -45,6 +45,7 @@ _columns = {
     "dense_cayley_backward": lambda dR, R: R.shape[-1],
     "butterfly_rotate": lambda x, R, transpose: _group(R),
     "butterfly_rotate_backward": lambda dz, x, R, *_: _group(R),
+    "butterfly_rotate_weight": lambda weight, scale, R: _group(R),
     "butterfly_rotated_linear": lambda x, weight, bias, scale, R: _group(R),
     "butterfly_rotated_linear_backward": lambda dy, x, weight, scale, p, R, *_: _group(R),
     "scale_outputs": lambda *_: 1,
@@ -107,14 +108,18 @@ def _gradient_of_blocks(partial, V, R):
     return dR
 
 
-def rotate_to(x, R, transpose, terms, z, stride, step=0):
+def rotate_to(x, R, transpose, terms, z, stride, step=0, scale=None):
     """z = x R in `terms` terms, as block_rotation's."""
     with _triton.guard(x):
-        return blocks.rotate_to(x, _stages(R)[0], transpose, terms, z, stride, step)
+        return blocks.rotate_to(x, _stages(R)[0], transpose, terms, z, stride, step, scale)
 
 
 def butterfly_rotate(x, R, transpose):
     return rotate_to(x, R, transpose, 1, like_rows(x), x.shape[-1])
+
+
+def butterfly_rotate_weight(weight, scale, R):
+    return rotate_to(weight, R, True, 1, like_rows(weight), weight.shape[1], scale=scale)
 
 
 def butterfly_rotate_backward(dz, x, R, transpose, output_mask):

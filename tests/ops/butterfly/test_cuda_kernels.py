@@ -17,8 +17,8 @@ ALIGNED = [(300, 128, 512, 8, 4), (192, 128, 264, 8, 3), (200, 192, 64, 32, 2), 
 # Groups of more than 64 columns: half precision.
 LARGE = [(150, 256, 24, 8, 5), (65, 160, 20, 40, 2)]
 OPS = (
-    "dense_cayley", "dense_cayley_backward", "butterfly_rotate", "butterfly_rotate_backward", "scale_outputs",
-    "scale_outputs_backward", "butterfly_rotated_linear", "butterfly_rotated_linear_backward",
+    "dense_cayley", "dense_cayley_backward", "butterfly_rotate", "butterfly_rotate_backward", "butterfly_rotate_weight",
+    "scale_outputs", "scale_outputs_backward", "butterfly_rotated_linear", "butterfly_rotated_linear_backward",
 )  # fmt: skip
 
 
@@ -41,6 +41,7 @@ def problem(M, K, N, b, f, dtype, bias=True, transpose=False):
         "dense_cayley_backward": (dR, R),
         "butterfly_rotate": (x, R, transpose),
         "butterfly_rotate_backward": (dz, x, R, transpose, both),
+        "butterfly_rotate_weight": (W, s, R),
         "scale_outputs": (y, s, c),
         "scale_outputs_backward": (dy, y, s, c, both),
         "butterfly_rotated_linear": (x, W, c, s, R),

@@ -25,8 +25,8 @@ import ptxvm
 from peftkern.ops.butterfly import triton_backend as backend
 
 OPS = (
-    "dense_cayley", "dense_cayley_backward", "butterfly_rotate", "butterfly_rotate_backward", "scale_outputs",
-    "scale_outputs_backward", "butterfly_rotated_linear", "butterfly_rotated_linear_backward",
+    "dense_cayley", "dense_cayley_backward", "butterfly_rotate", "butterfly_rotate_backward", "butterfly_rotate_weight",
+    "scale_outputs", "scale_outputs_backward", "butterfly_rotated_linear", "butterfly_rotated_linear_backward",
 )  # fmt: skip
 
 
@@ -47,6 +47,7 @@ def arguments(op, dtype, M, K, N, b, f):
         "dense_cayley_backward": (dR, R),
         "butterfly_rotate": (x, R, False),
         "butterfly_rotate_backward": (dz, x, R, False, (True, True)),
+        "butterfly_rotate_weight": (W, s, R),
         "scale_outputs": (y, s, None),
         "scale_outputs_backward": (dy, y, s, None, (True, True)),
         "butterfly_rotated_linear": (x, W, None, s, R),
