@@ -176,9 +176,9 @@ def oft_linear(x, weight, bias, q, terms=5, legacy=False, precision="auto"):
     Args:
         x: [..., K]; weight: [N, K]; bias: [N] or None; all in one floating dtype.
         q, terms, legacy: see `rotation_blocks`.
-        precision: "fast" rounds the rotated x once before the product, as PEFT does; "auto" is the same; "exact" hands
-            it to the product unrounded, so that half precision keeps updates far below one ulp of x, at the price of
-            a second product in the forward.
+        precision: "fast" rounds the rotated x once before the product, as PEFT does, or the rotated weight once where
+            it has fewer rows than x; "auto" is the same; "exact" hands x R to the product unrounded, so that half
+            precision keeps updates far below one ulp of x, at the price of a second product in the forward.
 
     Returns:
         y [..., N] in x's dtype. Differentiable in x, weight, bias and q.
@@ -200,6 +200,11 @@ def oft_linear(x, weight, bias, q, terms=5, legacy=False, precision="auto"):
             return apply_linear(x, weight, bias, R)
         return torch.nn.functional.linear(rotate_blocks(x, R), weight, bias)
     return packed_linear(x, weight, bias, q, terms, legacy, exact)
+
+
+def fast_linear(x, weight, bias, R):
+    """`oft_linear` in "fast" precision with R [K / b or 1, b, b] at hand, where nothing is differentiated."""
+    return autograd.fast_linear(torch.ops.peftkern.block_rotate, x, weight, bias, R)
 
 
 def packed_linear(x, weight, bias, q, terms, legacy, exact):

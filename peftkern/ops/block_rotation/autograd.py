@@ -13,6 +13,22 @@ from peftkern.ops.block_rotation import reference
 _ops = torch.ops.peftkern
 
 
+def rotates_weight(x_size, weight_size):
+    """Whether `fast` rotates the rows of W rather than those of x, (x R) W^T = x (W R^T)^T: wherever they are fewer.
+
+    A rotation reads and writes its rows once, 2 N K numbers against 2 M K, and a scale of the outputs multiplied into
+    the weight on the way spares 2 M N more. Sizes in rows, or in numbers: both have K columns.
+    """
+    return weight_size < x_size
+
+
+def fast_linear(rotate, x, weight, bias, R):
+    """y = (x R) W^T + b with x R or W R^T rounded once; rotate: the operation of R's family. Not differentiable."""
+    if rotates_weight(x.numel(), weight.numel()):
+        return F.linear(x, rotate(weight, R, True), bias)
+    return F.linear(rotate(x, R, False), weight, bias)
+
+
 class SkewPolynomial(torch.autograd.Function):
     """q [S, b (b - 1) / 2] -> R = sum_k c_k Q^k; saves q alone."""
 
@@ -97,7 +113,8 @@ def _linear_backward(dy, x, weight, R, needs_input_grad):
 class PackedRotatedLinear(torch.autograd.Function):
     """y = (x R) W^T + b with R made of packed skew matrices on the way: one node of the graph where there are three.
 
-    coefficients: of the polynomial, or None for the exact map; x R is rounded once, or not at all where `exact`.
+    coefficients: of the polynomial, or None for the exact map; x R (or W R^T) is rounded once, or not at all where
+    `exact`.
     """
 
     @staticmethod
@@ -107,7 +124,7 @@ class PackedRotatedLinear(torch.autograd.Function):
         ctx.coefficients = coefficients
         if exact:
             return _ops.block_rotated_linear(x, weight, bias, R)
-        return F.linear(_ops.block_rotate(x, R, False), weight, bias)
+        return fast_linear(_ops.block_rotate, x, weight, bias, R)
 
     @staticmethod
     def backward(ctx, dy):
