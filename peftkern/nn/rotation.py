@@ -28,6 +28,8 @@ class Kind:
     apply_linear: Callable
     # y of one link as one node of the graph: (x, weight, bias, scale, link, exact).
     linear: Callable
+    # The same where nothing is differentiated, in "fast" precision: (x, weight, bias, R, scale).
+    fast_linear: Callable
     # Whether the product of two rotations is the product of their blocks.
     closed: Callable
     # Whether the first adapter meets x first (PEFT's OFT), or the last (its BOFT).
@@ -52,6 +54,10 @@ def _oft_linear(x, weight, bias, scale, link, exact):
     return br.packed_linear(x, weight, bias, q, terms, legacy, exact)
 
 
+def _oft_fast_linear(x, weight, bias, R, scale):
+    return br.fast_linear(x, weight, bias, R)
+
+
 def _boft_linear(x, weight, bias, scale, link, exact):
     return bf.dense_linear(x, weight, bias, link[0], scale, exact)
 
@@ -65,8 +71,20 @@ def _one_stage(R):
 
 
 # Links: (q, (terms, legacy)) as `block_rotation.rotation_blocks` takes them; (boft_R, the fraction of blocks to drop).
-OFT = Kind("OFT", "oft_R", _oft_blocks, br.rotate_blocks, _oft_apply_linear, _oft_linear, _always, True)
-BOFT = Kind("BOFT", "boft_R", _boft_blocks, bf.butterfly_rotate, bf.apply_linear, _boft_linear, _one_stage, False)
+OFT = Kind(
+    "OFT", "oft_R", _oft_blocks, br.rotate_blocks, _oft_apply_linear, _oft_linear, _oft_fast_linear, _always, True
+)
+BOFT = Kind(
+    "BOFT",
+    "boft_R",
+    _boft_blocks,
+    bf.butterfly_rotate,
+    bf.apply_linear,
+    _boft_linear,
+    bf.fast_linear,
+    _one_stage,
+    False,
+)
 
 
 def _rotations(kind, chain, dtype):
@@ -141,10 +159,11 @@ def adapted_linear(kind, x, base_layer, chain, scale=None, precision="auto", cac
     """y = s (x R_1 R_2 ...) W^T + b.
 
     Args:
-        x: [..., K] floating; base_layer: called with the rotated x, or, where `forward.readable_weight` allows and
-            `precision` is "exact", read. args, kwargs: passed on to the base layer, which then is always called.
+        x: [..., K] floating; base_layer: read where `forward.readable_weight` allows, else called with the rotated x.
+            args, kwargs: passed on to the base layer, which then is always called.
         scale: N numbers of any shape, or None.
-        precision: "auto" and "fast" round the rotated x once, as PEFT does; "exact" never.
+        precision: "auto" and "fast" round the rotated x once, as PEFT does, or a weight that is read where it has
+            fewer rows; "exact" never.
 
     Returns:
         y [..., N] in the dtype of the product (the caller casts as its framework does).
@@ -163,6 +182,9 @@ def adapted_linear(kind, x, base_layer, chain, scale=None, precision="auto", cac
         if exact:
             rows = _wide(kind, x, Rs[:-1]) if len(Rs) > 1 else x.to(compute)
             return kind.apply_linear(rows, weight.to(compute), forward._cast(bias, compute), Rs[-1], scale)
+        if len(Rs) == 1 and not autocasting and not torch.is_grad_enabled() and not _transforms.needs_reference():
+            bias = forward._cast(bias, compute)
+            return kind.fast_linear(x.to(compute), weight.to(compute), bias, Rs[0], scale)
         if weight.dtype is not compute and (compute is torch.float64 or not autocasting):
             bias = forward._cast(bias, compute)
             y = F.linear(_rotate(kind, x.to(compute), Rs), weight.to(compute), bias)

@@ -380,6 +380,25 @@ def test_nothing_but_x_and_small_blocks_is_saved_for_backward(name):
     assert sum(size == 40 * 256 for size in sizes) <= ("boft" in name)
 
 
+@pytest.mark.parametrize("rows", (3, 40))
+@pytest.mark.parametrize("bias", (False, True))
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_more_rows_than_the_weight_has_give_the_same_layer(backend, name, dtype, bias, rows):
+    """The other form of `fast`, trained and not."""
+    layer = LAYERS[name](dtype=dtype, bias=bias)
+    x = torch.randn(rows, 5, 24).to(dtype)
+    dy = torch.randn(rows, 5, 17).to(dtype)
+    seen = gradients(layer, x, dy)
+    assert_close(seen, true_gradients(layer, x, dy), TOLERANCE[dtype])
+    for _ in range(2):
+        with torch.no_grad():
+            assert torch.equal(layer(x), seen["y"])
+    if rows == 40 and dtype is not torch.float16 and not ("boft" in name and bias):
+        layer.merge()
+        assert oracle.error(layer(x).detach(), seen["y"]) <= 1e-6
+
+
 @pytest.mark.parametrize("name", ["oft", "boft"])
 def test_the_cache_of_decoding_is_bitwise_the_layer_and_never_stale(name):
     layer = LAYERS[name]()

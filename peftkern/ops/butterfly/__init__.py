@@ -131,9 +131,10 @@ def boft_linear(x, weight, bias, boft_R, boft_s=None, precision="auto"):
     Args:
         x: [..., K]; weight: [N, K]; bias: [N] or None; all in one floating dtype.
         boft_R: [f, K/b, b, b]; boft_s: N numbers ([N, 1] in PEFT) or None; any floating dtype.
-        precision: "fast" rounds the rotated x once before the product; "auto" is the same; "exact" hands it to the
-            product unrounded and applies the scale to the accumulator, so that half precision keeps updates far below
-            one ulp, at the price of a second product in the forward.
+        precision: "fast" rounds the rotated x once before the product, or the rotated weight once where it has fewer
+            rows than x, the scale then multiplied into it where there is no bias (not in float16); "auto" is the same;
+            "exact" hands x R to the product unrounded and applies the scale to the accumulator, so that half precision
+            keeps updates far below one ulp, at the price of a second product in the forward.
 
     Returns:
         y [..., N] in x's dtype. Differentiable in x, weight, bias, boft_R and boft_s.
@@ -167,8 +168,15 @@ def boft_linear(x, weight, bias, boft_R, boft_s=None, precision="auto"):
 def dense_linear(x, weight, bias, boft_R, boft_s, exact):
     """`boft_linear` of checked arguments as one node of the graph; not under autocast or a functorch transform."""
     working = _transforms.working_dtype(x)
-    scale = None if boft_s is None else boft_s.to(working)
-    return autograd.DenseRotatedLinear.apply(x, weight, bias, scale, _dense(boft_R, working), exact)
+    scale, B = None if boft_s is None else boft_s.to(working), _dense(boft_R, working)
+    if not exact and autograd.folds(x, weight, bias, scale):
+        return autograd.folded_linear(x, weight, scale, B)
+    return autograd.DenseRotatedLinear.apply(x, weight, bias, scale, B, exact)
+
+
+def fast_linear(x, weight, bias, R, scale=None):
+    """`boft_linear` in "fast" precision with R [f, K/b, b, b] at hand, where nothing is differentiated."""
+    return autograd.fast_linear(x, weight, bias, _scale(scale, R.dtype), R)
 
 
 __all__ = [

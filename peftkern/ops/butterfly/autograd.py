@@ -8,9 +8,13 @@ import torch
 import torch.nn.functional as F
 
 from peftkern.ops import _transforms
+from peftkern.ops.block_rotation import autograd as blocks
 from peftkern.ops.butterfly import reference
 
 _ops = torch.ops.peftkern
+
+# Scales in the weight are no nearer to 0 (README.md, eq. 9): a product times less would leave bfloat16's range.
+LEAST_SCALE = 2.0**-60
 
 
 def _backward_ops():
@@ -113,10 +117,110 @@ class ButterflyRotatedLinear(torch.autograd.Function):
         return _linear_backward(dy, *ctx.saved_tensors, ctx.needs_input_grad)
 
 
+def folds(x, weight, bias, scale):
+    """Whether `fast` multiplies the scale into the rotated weight, before that is rounded.
+
+    Not behind a bias: the gradient of s would come from (y - b) / s, and a small s leave nothing there but the rounding
+    of b. Nor in float16, which has no room for small scales of small weights.
+    """
+    rotates = blocks.rotates_weight(x.numel(), weight.numel())
+    return rotates and scale is not None and bias is None and x.dtype is not torch.float16
+
+
+def away_from_zero(scale):
+    return scale.abs().clamp_(min=LEAST_SCALE).copysign_(scale)
+
+
+def fast_linear(x, weight, bias, scale, R):
+    """y = s (x R) W^T + b as `fast` has it. Not differentiable."""
+    if folds(x, weight, bias, scale):
+        return F.linear(x, _ops.butterfly_rotate_weight(weight, away_from_zero(scale), R))
+    y = blocks.fast_linear(_ops.butterfly_rotate, x, weight, bias, R)
+    return y if scale is None else _ops.scale_outputs(y, scale, bias)
+
+
+def folded_linear(x, weight, scale, B):
+    """y = x (s W R^T)^T with R made of dense blocks B, where `folds`; scale: N numbers of any shape."""
+    if not torch.is_grad_enabled():
+        return fast_linear(x, weight, None, scale.reshape(-1), _ops.dense_cayley(B))
+    s = away_from_zero(scale.detach()).reshape(-1)
+    return FoldedScale.apply(FoldedLinear.apply(x, weight, scale, s, B), scale, s)
+
+
+class FoldedLinear(torch.autograd.Function):
+    """y = x (s W R^T)^T, differentiated as (x R) W^T: FoldedScale behind it multiplies the incoming gradient by s.
+
+    Unless FoldedScale leaves that to it (`whole`).
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, scale, s, B):
+        R = _ops.dense_cayley(B)
+        ctx.save_for_backward(x, weight, scale, s, B, R)
+        ctx.whole = False
+        return F.linear(x, _ops.butterfly_rotate_weight(weight, s, R))
+
+    @staticmethod
+    def backward(ctx, dp):
+        x, weight, scale, s, B, R = ctx.saved_tensors
+        need_x, need_weight, need_scale, _, need_R = ctx.needs_input_grad
+        p, need_scale = None, need_scale and ctx.whole
+        if not ctx.whole:
+            s = None
+        elif _transforms.differentiating_twice():
+            s, R = scale.reshape(-1), reference.dense_cayley(B)
+        if need_scale:
+            p = dp if _transforms.differentiating_twice() else F.linear(_ops.butterfly_rotate(x, R, False), weight)
+        needs = need_x, need_weight, False, need_scale, need_R
+        dx, dweight, _, dscale, dR = _linear_backward(dp, x, weight, s, p, R, needs)
+        dB = None if dR is None else _backward_ops().dense_cayley_backward(dR, R)
+        return dx, dweight, None if dscale is None else dscale.view_as(scale), None, dB
+
+
+class FoldedScale(torch.autograd.Function):
+    """The y of FoldedLinear, kept for the gradient of the scale: ds = (sum over rows of dy y) / s.
+
+    Where a caller has since written into y, as nothing forbids behind a linear layer, or a gradient will itself be
+    differentiated, FoldedLinear finds all gradients by the product that y was, once more.
+    """
+
+    @staticmethod
+    def forward(ctx, y, scale, s):
+        ctx.save_for_backward(y if ctx.needs_input_grad[1] else None, s)
+        ctx.version, ctx.shape = None if torch.compiler.is_compiling() else y._version, scale.shape
+        # An output of its own of the same memory: what is written into it counts as a new version of y, except where a
+        # compiler follows the writing and tells no versions.
+        return y.clone() if torch.compiler.is_compiling() else y.detach()
+
+    @staticmethod
+    def backward(ctx, dy):
+        kept = _kept(ctx)
+        if not torch.compiler.is_compiling():
+            product = ctx.next_functions[0][0]
+            product.whole = kept is None or torch.is_grad_enabled()
+            if product.whole:
+                return dy, None, None
+        y, s = kept
+        dp, dscale = _backward_ops().scale_outputs_backward(dy, dy if y is None else y, s, None, (True, y is not None))
+        return dp, None if y is None else dscale.div_(s).view(ctx.shape), None
+
+
+def _kept(ctx):
+    """(y, s), or None where y is not what it was: autograd refuses it then, or hands it out where hooks keep it."""
+    if torch.compiler.is_compiling():
+        return ctx.saved_tensors
+    try:
+        y, s = ctx.saved_tensors
+    except RuntimeError:
+        return None
+    return (y, s) if y is None or y._version == ctx.version else None
+
+
 class DenseRotatedLinear(torch.autograd.Function):
     """y = s (x R) W^T + b with R made of dense blocks B on the way: one node of the graph where there are five.
 
-    scale: N numbers of any shape, or None; x R and its product are rounded before the scale, or not where `exact`.
+    scale: N numbers of any shape, or None; x R (or W R^T) and the product are rounded before the scale, or not where
+    `exact`.
     """
 
     @staticmethod
@@ -126,7 +230,7 @@ class DenseRotatedLinear(torch.autograd.Function):
         if exact:
             y, p = _ops.butterfly_rotated_linear(x, weight, bias, s, R)
         else:
-            y = p = F.linear(_ops.butterfly_rotate(x, R, False), weight, bias)
+            y = p = blocks.fast_linear(_ops.butterfly_rotate, x, weight, bias, R)
             if s is not None:
                 y = _ops.scale_outputs(p, s, bias)
         keep_p = s is not None and ctx.needs_input_grad[3]

@@ -182,7 +182,7 @@ def test_one_graph_and_at_most_one_recompilation(precision):
 
     compiled = torch.compile(function, backend=counter, fullgraph=True)
     for tokens in (2, 3, 7, 16):
-        tensors, dy = problem(tokens, 24, 10, 4, 2, dtype)
+        tensors, dy = problem(tokens, 24, 20, 4, 2, dtype)
         seen, wanted = (oracle.value_and_gradients(f, tensors, dy) for f in (compiled, function))
         assert all(oracle.error(a, b) < 1e-6 for a, b in zip(seen, wanted, strict=True))
     assert counter.frame_count <= 2
