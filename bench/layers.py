@@ -6,13 +6,14 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from bench.cases import Case
 from peftkern import dispatch
 from peftkern.ops._costs import Launch
+from peftkern.ops.block_rotation.autograd import rotates_weight
 
 LIBRARY = "library: "
 PRECISIONS = ("fast", "exact")
@@ -96,7 +97,8 @@ class Kind:
     factor: operations that make what rotates the rows from the parameters, and their gradients. rows: by precision, the
     operations on rows, and the frozen layer's products where no operation contains them. parameters: what is trained,
     by name, in numbers. shared: numbers of what two operations of the forward take, whose gradients are added. scales:
-    the output is multiplied by a trained scale.
+    the output is multiplied by a trained scale. by_weight: `rows` of "fast" where it rotates the weight, no bias behind
+    it; the first of them meets the rows of the weight.
     """
 
     factor: tuple[str, str]
@@ -104,6 +106,7 @@ class Kind:
     parameters: Callable[[Case], dict[str, int]]
     shared: Callable[[Case], dict[str, int]] = lambda case: {}
     scales: bool = False
+    by_weight: tuple[str, ...] = ()
 
 
 def _u(case: Case) -> dict[str, int]:
@@ -137,6 +140,7 @@ KINDS = {
             "exact": ("block_rotated_linear", "block_rotated_linear_backward"),
         },
         _q,
+        by_weight=("block_rotate", PRODUCTS[0], "block_rotated_linear_backward"),
     ),
     "boft": Kind(
         ("dense_cayley", "dense_cayley_backward"),
@@ -146,17 +150,28 @@ KINDS = {
         },
         _butterfly,
         scales=True,
+        by_weight=("butterfly_rotate_weight", PRODUCTS[0], "butterfly_rotated_linear_backward"),
     ),
 }
 
 
-def _autograd(case: Case, kind: Kind) -> list[Launch]:
-    """What autograd and the layer add: sums of gradients, and parameters in half precision cast both ways."""
+def by_weight(case: Case, precision: str) -> bool:
+    """Whether a layer rotates the rows of its weight, as the package chooses."""
+    return precision == "fast" and bool(KINDS[case.kind].by_weight) and rotates_weight(case.tokens, case.width_out)
+
+
+def _autograd(case: Case, kind: Kind, folded: bool) -> list[Launch]:
+    """What autograd and the layer add: sums of gradients, parameters in half precision cast both ways, and a scale that
+    is folded into the weight kept away from 0, which its gradient is divided by."""
     glue = [elementwise(f"d{name} + d{name}", 8 * size, 4 * size) for name, size in kind.shared(case).items()]
     if case.adapter_dtype is not torch.float32:
         for name, size in kind.parameters(case).items():
             glue.append(elementwise(f"{name} to float32", 2 * size, 4 * size))
             glue.append(elementwise(f"d{name} to {name}'s dtype", 4 * size, 2 * size))
+    if folded:
+        size = 4 * case.width_out
+        glue += [elementwise(f"scale: {step}", size, size) for step in ("abs", "clamp", "copysign")]
+        glue.append(elementwise("dscale / scale", 2 * size, size))
     return glue
 
 
@@ -164,22 +179,29 @@ def layer(case: Case, backend: str, precision: str, family: str) -> dict[str, li
     """Launches of one layer's forward and backward, by operation. Raises NoCosts."""
     if precision == "exact" and not case.half:
         raise NoCosts("in fp32 exact is fast")
-    kind = KINDS[case.kind]
+    kind, of_weight = KINDS[case.kind], by_weight(case, precision)
     products = {name: [launch] for name, launch in zip(PRODUCTS, frozen(case), strict=True)}
+    rows = kind.by_weight if of_weight else kind.rows[precision]
     parts = {}
-    for name in (kind.factor[0], *kind.rows[precision], kind.factor[1]):
-        parts[name] = products[name] if name in products else launches_of(name, backend, case, family)
-    parts["autograd"] = _autograd(case, kind)
+    for name in (kind.factor[0], *rows, kind.factor[1]):
+        met = replace(case, tokens=case.width_out) if of_weight and name == rows[0] else case
+        parts[name] = products[name] if name in products else launches_of(name, backend, met, family)
+    parts["autograd"] = _autograd(case, kind, of_weight and kind.scales)
     return parts
 
 
-def fewest_passes(case: Case) -> list[Launch]:
+def fewest_passes(case: Case, reads_weight: bool = False) -> list[Launch]:
     """The least of any form that calls the frozen layer as it is: x read and z written, then dz and x read and dx
-    written, each once; and the same of y, dy and y where the output is scaled after it."""
+    written, each once; and the same of y, dy and y where the output is scaled after it. A form that reads the weight
+    has in the forward one pass over that instead."""
 
-    def passes(name: str, rows: int) -> list[Launch]:
-        return [Launch(name, rows, rows, 2 * rows), Launch(f"{name}, backward", 2 * rows, rows, 3 * rows)]
+    def passes(name: str, rows: int, forward: int) -> list[Launch]:
+        backward = Launch(f"{name}, backward", 2 * rows, rows, 3 * rows)
+        return [Launch(name, forward, forward, 2 * forward), backward] if forward else [backward]
 
-    size = case.tokens * case.base_dtype.itemsize
-    scaled = passes("scale", size * case.width_out) if KINDS[case.kind].scales else []
-    return [*passes("rotation", size * case.width_in), *scaled, *frozen(case)]
+    size, columns = case.base_dtype.itemsize, case.width_in
+    rows = size * case.tokens
+    rotation = passes("rotation", rows * columns, columns * (size * case.width_out if reads_weight else rows))
+    scaled = rows * case.width_out if KINDS[case.kind].scales else 0
+    scale = passes("scale", scaled, 0 if reads_weight else scaled) if scaled else []
+    return [*rotation, *scale, *frozen(case)]

@@ -178,18 +178,27 @@ def verdicts(goal: Goal, card: Card) -> list[Verdict]:
     return [Verdict(goal, rates, found) for rates in both for found in layers_of(card, rates, [goal.case])]
 
 
-def least(goal: Goal, card: Card) -> str:
-    """A sentence: what any form that calls the frozen layer adds at least."""
-    added = []
-    for rates in (card.peak, cards.typical(card)):
-        floor, passes = (
-            predict(made(goal.case), card, rates).seconds for made in (layers.frozen, layers.fewest_passes)
+def least(goal: Goal, card: Card) -> list[str]:
+    """Sentences: what any form that calls the frozen layer adds at least, and one that rotates its weight."""
+
+    def added(passes: list[Launch]) -> str:
+        parts = []
+        for rates in (card.peak, cards.typical(card)):
+            seconds, floor = (predict(launches, card, rates).seconds for launches in (passes, layers.frozen(goal.case)))
+            parts.append(f"{100 * (seconds / floor - 1):.1f} % at {rates.name}")
+        return ", ".join(parts)
+
+    times, backward = ("ten", "six") if layers.KINDS[goal.case.kind].scales else ("five", "three")
+    lines = [
+        f"A form that calls the frozen layer as it is passes over the rows {times} times at least: "
+        f"{added(layers.fewest_passes(goal.case))}."
+    ]
+    if layers.by_weight(goal.case, "fast"):
+        lines.append(
+            f"One that reads the weight and rotates its fewer rows passes over them twice and over its own {backward} "
+            f"times: {added(layers.fewest_passes(goal.case, reads_weight=True))}."
         )
-        added.append(f"{100 * (passes / floor - 1):.1f} % at {rates.name}")
-    times = "ten" if layers.KINDS[goal.case.kind].scales else "five"
-    return (
-        f"A form that calls the frozen layer as it is passes over the rows {times} times at least: {', '.join(added)}."
-    )
+    return lines
 
 
 def goal_lines(card: Card | None = None) -> list[str]:
@@ -207,7 +216,7 @@ def goal_lines(card: Card | None = None) -> list[str]:
                 f"{100 * found.added:.1f} % ({1e6 * found.total.seconds:.0f} against "
                 f"{1e6 * found.floor.seconds:.0f} us; beyond the floor mostly {found.limit})"
             )
-        lines.append(f"  {least(goal, card)}")
+        lines += [f"  {line}" for line in least(goal, card)]
         reached = [f"{v.found.backend}, {v.found.precision}, at {v.rates.name}" for v in judged if v.reached]
         if not judged:
             lines.append("  No backend states its costs, so nothing can be predicted.")

@@ -127,7 +127,7 @@ def _goals() -> str:
         text += f'<p class="small" style="margin:16px 0 4px"><b>{escape(goal.sentence(card))}</b></p>'
         text += markup.table([escape(name) for name in _HEAD[1:]], rows) if rows else ""
         reason = "" if rows else "No backend states its costs, so nothing is predicted. "
-        text += f'<p class="small soft">{reason}{escape(model.least(goal, card))}</p>'
+        text += f'<p class="small soft">{reason}{escape(" ".join(model.least(goal, card)))}</p>'
     return text
 
 

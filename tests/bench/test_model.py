@@ -73,6 +73,37 @@ def test_no_form_that_calls_the_frozen_layer_as_it_is_reaches_the_goal():
     assert "five times at least: 18.3 %" in "".join(model.goal_lines())
 
 
+def test_a_form_that_rotates_the_weight_passes_over_it_instead():
+    rows, weight = 8192 * 4096 * 2, 4096 * 4096 * 2
+    for case, backward in ((OFT, 3), (BOFT, 6)):
+        passes = layers.fewest_passes(case, reads_weight=True)
+        frozen = sum(launch.unique for launch in layers.frozen(case))
+        assert sum(launch.unique for launch in passes) == 2 * weight + backward * rows + frozen
+    lines = "\n".join(model.goal_lines())
+    assert lines.count("rotates its fewer rows passes over them twice and over its own") == 2
+    assert "three times: 14.7 % at data-sheet peaks" in lines and "six times: 25.7 % at data-sheet peaks" in lines
+
+
+@pytest.mark.parametrize(("case", "op"), ((OFT, "block_rotate"), (BOFT, "butterfly_rotate_weight")))
+@pytest.mark.parametrize("backend", model.BACKENDS)
+def test_fast_rotates_the_weight_where_it_has_fewer_rows(case, op, backend):
+    """As the package does (rotates_weight): not of as many rows, not in exact precision."""
+
+    def rotated(tokens, precision="fast"):
+        parts = layers.layer(replace(case, tokens=tokens), backend, precision, "sm90")
+        return next(
+            launch for name in (op, "butterfly_rotate") for launch in parts.get(name, ()) if "rot" in launch.kernel
+        )
+
+    weight, few = (2 * rows * 4096 * 2 for rows in (4096, 1024))
+    for tokens in (4097, 8192, 65536):
+        assert weight <= rotated(tokens).unique <= 1.05 * weight
+    assert few <= rotated(1024).unique <= 1.1 * few
+    assert op not in layers.layer(case, backend, "exact", "sm90")
+    in_fp32 = layers.layer(replace(case, dtype="fp32"), backend, "fast", "sm90")
+    assert op in in_fp32 and ("scale_outputs" in in_fp32) is False
+
+
 def test_a_scaled_output_is_ten_passes_at_least():
     size = 8192 * 4096 * 2
     passes = layers.fewest_passes(BOFT)
@@ -85,7 +116,7 @@ def test_a_scaled_output_is_ten_passes_at_least():
 @pytest.mark.parametrize("kind", layers.KINDS)
 @pytest.mark.parametrize("precision", layers.PRECISIONS)
 def test_a_layer_of_each_kind_is_made_of_operations_that_exist(kind, precision):
-    names = {*layers.KINDS[kind].factor, *layers.KINDS[kind].rows[precision]}
+    names = {*layers.KINDS[kind].factor, *layers.KINDS[kind].rows[precision], *layers.KINDS[kind].by_weight}
     assert names <= {*dispatch.operations(), *layers.PRODUCTS}
 
 
@@ -116,9 +147,12 @@ def test_what_autograd_adds_is_sums_of_gradients_and_casts_of_half_precision_par
         }
 
     mixed = {"dtype": "bf16+fp32"}
-    assert glue(replace(OFT, **mixed)) == glue(replace(BOFT, **mixed)) == {}
+    assert glue(replace(OFT, **mixed)) == {}
+    assert set(glue(replace(BOFT, **mixed))) == {"scale: abs", "scale: clamp", "scale: copysign", "dscale / scale"}
     assert set(glue(replace(HRA, **mixed))) == {"dV + dV"}
     assert set(glue(OFT)) == {"q to float32", "dq to q's dtype"}
+    few = {"tokens": 4096, **mixed}
+    assert set(glue(replace(BOFT, **few))) == set() and "dscale / scale" not in glue(replace(BOFT, tokens=4096))
     assert glue(OFT)["q to float32"].unique == (2 + 4) * 128 * 32 * 31 // 2
     assert glue(BOFT)["dboft_R to boft_R's dtype"].unique == (2 + 4) * 4 * 512 * 8 * 8
     assert glue(BOFT)["boft_s to float32"].unique == (2 + 4) * 4096
