@@ -206,4 +206,4 @@ def test_a_launch_beyond_a_tensor_is_caught():
     _, library = cuda_on_cpu.library()
     with pytest.raises(ptxvm.OutOfBounds), cuda_on_cpu.cuda_on_cpu():
         z, short = torch.empty(8, 64), R[:7].data_ptr()
-        library.block_rows(1, x.data_ptr(), 64, short, False, False, z.data_ptr(), 0, 0, 0, 0, 8, 8, 8, 0)
+        library.block_rows(1, x.data_ptr(), 64, short, False, False, z.data_ptr(), 0, 0, 0, 0, 0, 8, 8, 8, 0)
