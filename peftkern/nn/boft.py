@@ -68,7 +68,7 @@ class BOFTLinear(_BOFTLayer):
         block_size, n_butterfly_factor: b and f; b 2^(f-1) must divide the inputs.
         dropout: the fraction of blocks that one random factor drops (becomes the identity) in training.
         init_weights: True starts from the identity; False draws.
-        precision: "auto" and "fast" round the rotated x once, "exact" not; see `peftkern.boft_linear`.
+        precision: "auto" and "fast" round the rotated x or weight once, "exact" neither; see `peftkern.boft_linear`.
 
     Raises:
         TypeError: not an nn.Linear. ValueError: sizes that do not divide, dropout outside 0 to 1, no such precision.

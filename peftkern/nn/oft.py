@@ -96,7 +96,7 @@ class OFTLinear(_OFTLayer):
         block_share: one rotation for all blocks.
         coft_eps: radius of the constraint of COFT (PEFT's `coft=True`, `eps`), or None.
         init_weights: True starts from the identity; False draws.
-        precision: "auto" and "fast" round the rotated x once, "exact" not; see `peftkern.oft_linear`.
+        precision: "auto" and "fast" round the rotated x or weight once, "exact" neither; see `peftkern.oft_linear`.
 
     Raises:
         TypeError: not an nn.Linear. ValueError: a block size that does not divide, or no such precision.

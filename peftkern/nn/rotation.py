@@ -159,8 +159,9 @@ def adapted_linear(kind, x, base_layer, chain, scale=None, precision="auto", cac
     """y = s (x R_1 R_2 ...) W^T + b.
 
     Args:
-        x: [..., K] floating; base_layer: read where `forward.readable_weight` allows, else called with the rotated x.
-            args, kwargs: passed on to the base layer, which then is always called.
+        x: [..., K] floating; base_layer: read where `forward.readable_weight` allows (under autocast where `precision`
+            is "exact" alone), else called with the rotated x. args, kwargs: passed on to the base layer, which then is
+            always called.
         scale: N numbers of any shape, or None.
         precision: "auto" and "fast" round the rotated x once, as PEFT does, or a weight that is read where it has
             fewer rows; "exact" never.

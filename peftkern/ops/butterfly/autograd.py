@@ -165,14 +165,14 @@ class FoldedLinear(torch.autograd.Function):
         x, weight, scale, s, B, R = ctx.saved_tensors
         need_x, need_weight, need_scale, _, need_R = ctx.needs_input_grad
         p, need_scale = None, need_scale and ctx.whole
-        if not ctx.whole:
-            s = None
-        elif _transforms.differentiating_twice():
-            s, R = scale.reshape(-1), reference.dense_cayley(B)
-        if need_scale:
-            p = dp if _transforms.differentiating_twice() else F.linear(_ops.butterfly_rotate(x, R, False), weight)
+        if _transforms.differentiating_twice():
+            # _linear_backward makes the product itself, where there is any.
+            s, R, p = scale.reshape(-1), reference.dense_cayley(B), dp if need_scale else None
+        elif need_scale:
+            with _transforms.no_autocast(x.device.type):
+                p = F.linear(_ops.butterfly_rotate(x, R, False), weight)
         needs = need_x, need_weight, False, need_scale, need_R
-        dx, dweight, _, dscale, dR = _linear_backward(dp, x, weight, s, p, R, needs)
+        dx, dweight, _, dscale, dR = _linear_backward(dp, x, weight, s if ctx.whole else None, p, R, needs)
         dB = None if dR is None else _backward_ops().dense_cayley_backward(dR, R)
         return dx, dweight, None if dscale is None else dscale.view_as(scale), None, dB
 

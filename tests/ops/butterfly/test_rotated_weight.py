@@ -220,6 +220,16 @@ def test_a_caller_may_write_into_the_output(backend, function, dtype):
         oracle.assert_as_good_as(NAMES, seen, plain, truth, 90)
 
 
+def test_a_backward_under_autocast_is_the_same(backend):
+    tensors, dy = problem()
+    outside = oracle.value_and_gradients(added_to, tensors, dy)
+    active = [t.requires_grad_() for t in tensors]
+    y = added_to(*active)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = torch.autograd.grad(y, active, dy)
+    assert all(torch.equal(a, b) for a, b in zip(inside, outside[1:], strict=True))
+
+
 def test_a_graph_that_is_kept_gives_the_same_gradients_twice(backend):
     tensors, dy = problem(dtype=torch.bfloat16)
     active = [t.requires_grad_() for t in tensors]
