@@ -34,6 +34,8 @@ TENSOR = {
     "wy_factor_kernel": "double",
     "rotate_kernel": "half",
     "rotate_backward_kernel": "half",
+    "wide_rotate_kernel": "half",
+    "wide_sums_kernel": "half",
     "polynomial_kernel": "half",
     "polynomial_backward_kernel": "half",
     "blocks_gradient_kernel": "half",
@@ -41,7 +43,7 @@ TENSOR = {
 }
 WIDE = (
     "project_kernel", "update_kernel", "linear_kernel", "linear_backward_kernel", "rotate_kernel",
-    "rotate_backward_kernel", "scale_kernel", "scale_backward_kernel",
+    "rotate_backward_kernel", "wide_rotate_kernel", "wide_sums_kernel", "scale_kernel", "scale_backward_kernel",
 )  # fmt: skip
 
 
@@ -64,12 +66,16 @@ def _row_cases():
         yield op, "fp16", 32, "8192 tokens"
 
 
-BLOCKS = {"b32": (32, 1), "b8 f4": (8, 4)}
+BLOCKS = {"b32": (32, 1), "b64": (64, 1), "b256": (256, 1), "b8 f4": (8, 4)}
 
 
 def _block_cases():
     for op in ("skew_polynomial", "skew_polynomial_backward", "skew_cayley", "skew_cayley_backward"):
         yield op, "fp32", "b32", "8192 tokens"
+        yield op, "fp32", "b64", "8192 tokens"
+    # Wider than a panel.
+    for op in ("block_rotate", "block_rotate_backward"):
+        yield from ((op, dtype, "b256", "8192 tokens") for dtype in DTYPES)
     for op in ("dense_cayley", "dense_cayley_backward"):
         yield op, "fp32", "b8 f4", "8192 tokens"
     for size, kind in (("b32", "block"), ("b8 f4", "butterfly")):

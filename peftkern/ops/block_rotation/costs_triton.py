@@ -96,19 +96,21 @@ def rotate_backward(family, dtype, M, K, b, shared=False, mask=None):
     return [Launch("rotate_backward_kernel", read, written, unique, flops, programs * splits)], partial // 4
 
 
-def _maps(K, b):
-    panel, width, warps = tiles.map_panel(b)
-    panels = _over(K, width)
+def _maps(family, K, b, strips=False):
+    """(panels, flops of a product, whether it goes by strips)."""
+    panel, width, strip, warps = tiles.map_panel(family, b)
+    panels, by_strips = _over(K, width), strips and strip < panel
     # Six products of terms make up one of float32.
-    return panels, 6 * repeated(panel, panel, warps) * 2 * panels * panel**3
+    once = 1 if by_strips else repeated(panel, panel, warps)
+    return panels, 6 * once * 2 * panels * panel**3, by_strips
 
 
-def _polynomial(K, b, terms, backward):
+def _polynomial(family, K, b, terms, backward):
     products = max(len(coefficients(terms)) - 2, 0) * (2 if backward else 1)
-    panels, flops = _maps(K, b)
+    panels, flops, by_strips = _maps(family, K, b, strips=True)
     packed, R = 2 * K * (b - 1), 4 * K * b
-    # Off the diagonal both halves of Q are read.
-    read, written = (2 * packed + R, packed) if backward else (2 * packed, R)
+    # Off the diagonal both halves of Q are read; and all once more where the backward cuts strips of it.
+    read, written = (2 * packed * (1 + by_strips) + R, packed) if backward else (2 * packed, R)
     name = "polynomial_backward_kernel" if backward else "polynomial_kernel"
     return Launch(name, read, written, packed + R + backward * packed, {"tensor_bf16": products * flops}, panels)
 
@@ -119,8 +121,8 @@ def cayley(K, b, dense):
     return Launch("cayley_kernel", A, R, A // 2 + R, {}, _over(K // b, side))
 
 
-def cayley_backward(K, b, dense):
-    panels, flops = _maps(K, b)
+def cayley_backward(family, K, b, dense):
+    panels, flops, _ = _maps(family, K, b)
     R, written = 4 * K * b, 4 * K * b if dense else 2 * K * (b - 1)
     return Launch("cayley_backward_kernel", 2 * R, written, 2 * R + written, {"tensor_bf16": 2 * flops}, panels)
 
@@ -142,11 +144,11 @@ def launches(op, *, M, K, N, b, dtype, family, shared=False, terms=5, mask=None)
         raise NotImplementedError("costs are stated for float32 and half precision")
     stored = b if shared else K
     if op in ("skew_polynomial", "skew_polynomial_backward"):
-        return [_polynomial(stored, b, terms, op.endswith("backward"))]
+        return [_polynomial(family, stored, b, terms, op.endswith("backward"))]
     if op == "skew_cayley":
         return [cayley(stored, b, False)]
     if op == "skew_cayley_backward":
-        return [cayley_backward(stored, b, False)]
+        return [cayley_backward(family, stored, b, False)]
     if op == "block_rotate":
         return [rotate(family, dtype, M, K, b, shared)]
     if op == "block_rotate_backward":

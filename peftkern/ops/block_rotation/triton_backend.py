@@ -67,28 +67,28 @@ def _maps():
 
 
 def _map_panels(S, b):
-    """(panels, columns in all, panel sizes, warps) of blocks that no rows meet."""
-    panel, width, warps = tiles.map_panel(b)
-    return _cdiv(S * b, width), S * b, (b, width, panel), warps
+    """(panels, columns in all, panel sizes, rows of a strip, warps) of blocks that no rows meet."""
+    panel, width, strip, warps = tiles.map_panel(_triton.family(), b)
+    return _cdiv(S * b, width), S * b, (b, width, panel), strip, warps
 
 
 def skew_polynomial(q, coefficients):
     q, S, b = q.contiguous(), q.shape[0], block_size(q.shape[1])
-    R, (panels, K, sizes, warps) = q.new_empty(S, b, b), _map_panels(S, b)
+    R, (panels, K, sizes, strip, warps) = q.new_empty(S, b, b), _map_panels(S, b)
     with _triton.guard(q):
         _maps().polynomial_kernel[(panels,)](
-            q, R, K, tuple(coefficients), len(coefficients) - 1, *sizes, num_warps=warps, num_stages=1
+            q, R, K, tuple(coefficients), len(coefficients) - 1, *sizes, strip, num_warps=warps, num_stages=1
         )
     return R
 
 
 def skew_polynomial_backward(dR, q, coefficients):
     dR, q, S, b = dR.contiguous(), q.contiguous(), q.shape[0], dR.shape[1]
-    dq, (panels, K, sizes, warps) = torch.empty_like(q), _map_panels(S, b)
+    dq, (panels, K, sizes, strip, warps) = torch.empty_like(q), _map_panels(S, b)
     if dq.numel():
         with _triton.guard(q):
             _maps().polynomial_backward_kernel[(panels,)](
-                dR, q, dq, K, tuple(coefficients), len(coefficients) - 1, *sizes, num_warps=warps, num_stages=1
+                dR, q, dq, K, tuple(coefficients), len(coefficients) - 1, *sizes, strip, num_warps=warps, num_stages=1
             )
     return dq
 
@@ -104,7 +104,7 @@ def cayley(A, S, b, dense):
 def cayley_backward(dR, R, dense):
     """The gradient in packed numbers [S, b (b - 1) / 2], or in dense matrices [S, b, b], of R [S, b, b]."""
     dR, R, (S, b, _) = dR.contiguous(), R.contiguous(), R.shape
-    dA, (panels, K, sizes, warps) = R.new_empty(R.shape if dense else (S, b * (b - 1) // 2)), _map_panels(S, b)
+    dA, (panels, K, sizes, _, warps) = R.new_empty(R.shape if dense else (S, b * (b - 1) // 2)), _map_panels(S, b)
     if dA.numel():
         with _triton.guard(R):
             _maps().cayley_backward_kernel[(panels,)](dR, R, dA, K, *sizes, dense, num_warps=warps, num_stages=1)
@@ -176,14 +176,14 @@ def _wide_sums(left, right, R):
     """Partial sums [count, *R.shape] of left^T right, block by block."""
     K, b = left.shape[-1], R.shape[1]
     (a, a_stride), (c, c_stride), M = rows(left, K), rows(right, K), left.numel() // K
-    BM, BC, warps = tiles.wide(_triton.family(), left.dtype)
+    BM, BC, _ = tiles.wide(_triton.family(), left.dtype)
     programs = K // b * _cdiv(b, BC) ** 2
     splits, per_split = tiles.splits(_triton.family(), 2, BM, programs, M)
     partial = R.new_empty(splits * (K // b) // len(R), *R.shape)
     with _triton.guard(left):
         _kernels().wide_sums_kernel[(programs, splits)](
             a, c, partial, M, K, a_stride, c_stride, per_split, b, BM, BC, _aligned(K, a_stride, c_stride),
-            num_warps=warps, num_stages=1,
+            num_warps=4, num_stages=1,
         )  # fmt: skip
     return partial
 

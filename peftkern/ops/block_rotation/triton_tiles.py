@@ -40,10 +40,11 @@ def tile(family, dtype, b):
 
 
 def wide(family, dtype):
-    """(rows, columns, warps) of a product where blocks are wider than a panel."""
+    """(rows, columns, warps) of a product where blocks are wider than a panel; four warps sum over the rows."""
     if dtype is torch.float64:
         return 32, 32, 4
-    return (32 if dtype is torch.float32 and family in ("sm80", "sm86") else 64), 64, 4
+    # Elsewhere the terms of 64 float32 rows fit the registers.
+    return (32, 64, 8) if dtype is torch.float32 and family in ("sm80", "sm86", "sm100") else (64, 64, 4)
 
 
 def _over(a, b):
@@ -62,10 +63,14 @@ def panels_per_program(panels):
     return max(1, panels // 16)
 
 
-def map_panel(b):
-    """(columns, columns that are whole blocks, warps) of blocks that are made, or whose parameters get gradients."""
+def map_panel(family, b):
+    """(columns, columns that are whole blocks, rows of a strip, warps) of blocks that are made, or whose parameters get
+    gradients. A strip of fewer rows than columns gives each warp columns of its own, so that it holds few of a right
+    factor's terms in registers: not needed by tensor cores that read it from shared memory, nor with AMD's registers.
+    """
     panel = max(PANEL, 1 << (b - 1).bit_length())
-    return panel, panel // b * b, 4 if panel < 64 else 8
+    strip = panel if family in ("sm90", "sm100", "gfx942") else PANEL
+    return panel, panel // b * b, strip, 4 if panel < 64 or family == "gfx942" else 8
 
 
 def inverses(b):

@@ -90,7 +90,7 @@ def launches(op, *, M, K, N, b, f, dtype, family, mask=None):
     if op == "dense_cayley":
         return [blocks.cayley(f * K, b, True)]
     if op == "dense_cayley_backward":
-        return [blocks.cayley_backward(f * K, b, True)]
+        return [blocks.cayley_backward(family, f * K, b, True)]
     if op == "butterfly_rotate":
         return _rotate(family, dtype, M, K, b, f)
     if op == "butterfly_rotate_backward":
