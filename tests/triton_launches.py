@@ -1,5 +1,7 @@
 """What tests ask of the launches of Triton kernels on the simulated machine, whichever family they belong to."""
 
+from importlib.metadata import version
+
 import torch
 
 
@@ -32,6 +34,16 @@ def whole_sectors(launches, names):
         for name in names & launch.counts.tensors.keys():
             traffic = launch.counts.tensors[name]
             assert 32 * traffic.sectors_read <= 1.1 * traffic.read + 32, f"{launch.kernel}: {name}"
+
+
+def no_bank_conflicts(launches, sums=()):
+    """No access to shared memory takes more wavefronts than its bytes.
+
+    sums: kernels in which Triton 3.6, not 3.9, lays out a sum over lanes otherwise.
+    """
+    for launch in launches:
+        if launch.kernel not in sums or not version("triton").startswith("3.6."):
+            assert launch.counts.bank_conflicts == 0, f"{launch.kernel}: {launch.counts.lines('conflicts')}"
 
 
 def bits(result):

@@ -63,6 +63,19 @@ def _rotation(
 
 
 @triton.jit
+def row_tile(p_x, o_m, o_k, m_k, M, s_x, TURNED: tl.constexpr):
+    """Rows o_m and columns o_k of x; TURNED: loaded as the transpose, by the same accesses.
+
+    A right factor whose float32 numbers are split into terms meets two lanes in a bank on its way to the tensor cores:
+    Triton lays it out in shared memory as if it were of half precision. A transpose it passes on without such a layout.
+    """
+    if TURNED:
+        b_x = tl.load(p_x + o_m[None, :] * s_x + o_k[:, None], mask=(o_m[None, :] < M) & m_k[:, None], other=0.0)
+        return tl.trans(b_x)
+    return tl.load(p_x + o_m[:, None] * s_x + o_k[None, :], mask=(o_m[:, None] < M) & m_k[None, :], other=0.0)
+
+
+@triton.jit
 def _product(b_x, b_r):
     """x R in R's dtype; under half-precision x, R is two terms."""
     b_z = tl.zeros(b_x.shape, b_r.dtype)
@@ -115,19 +128,6 @@ def rotate_kernel(
 
 
 @triton.jit
-def _row_tile(p_x, o_m, o_k, m_k, M, s_x, TURNED: tl.constexpr):
-    """Rows o_m and columns o_k of x; TURNED: loaded as the transpose, by the same accesses.
-
-    A right factor whose float32 numbers are split into terms meets two lanes in a bank on its way to the tensor cores:
-    Triton lays it out in shared memory as if it were of half precision. A transpose it passes on without such a layout.
-    """
-    if TURNED:
-        b_x = tl.load(p_x + o_m[None, :] * s_x + o_k[:, None], mask=(o_m[None, :] < M) & m_k[:, None], other=0.0)
-        return tl.trans(b_x)
-    return tl.load(p_x + o_m[:, None] * s_x + o_k[None, :], mask=(o_m[:, None] < M) & m_k[None, :], other=0.0)
-
-
-@triton.jit
 def rotate_backward_kernel(
     p_dz, p_x, p_r, p_dx, p_dr, M, K, s_dz, s_x, per_split, panels,
     B: tl.constexpr, W: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, SHARED: tl.constexpr, TRANSPOSE: tl.constexpr,
@@ -156,9 +156,9 @@ def rotate_backward_kernel(
             first, m = start + i // tiles * W, begin + i % tiles * BM
         o_k, o_m = first + o_c, (m + o_i).to(tl.int64)
         m_k = (o_c < W) & (o_k < K)
-        b_dz = _row_tile(p_dz, o_m, o_k, m_k, M, s_dz, TURNED and not TRANSPOSE)
+        b_dz = row_tile(p_dz, o_m, o_k, m_k, M, s_dz, TURNED and not TRANSPOSE)
         if WANT_DR:
-            b_x = _row_tile(p_x, o_m, o_k, m_k, M, s_x, TURNED and TRANSPOSE)
+            b_x = row_tile(p_x, o_m, o_k, m_k, M, s_x, TURNED and TRANSPOSE)
             if TRANSPOSE:
                 b_dr += dot(b_dz, b_x, tl.zeros((P, P), b_dr.dtype), True)
             else:
@@ -189,17 +189,20 @@ def wide_rotate_kernel(
     chunks: tl.constexpr = (B + BC - 1) // BC
     i_b = tl.program_id(0) // chunks
     o_m = (tl.program_id(1) * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
-    o_j = tl.program_id(0) % chunks * BC + tl.arange(0, BC)[None, :]
+    o_j = tl.program_id(0) % chunks * BC + tl.arange(0, BC)
     p_r += 0 if SHARED else i_b.to(tl.int64) * (B * B)
     p_x += o_m * s_x + i_b * B
     b_z = tl.zeros((BM, BC), p_r.dtype.element_ty)
     for k in range(0, B, BC):
         o_k = k + tl.arange(0, BC)
         b_x = tl.load(p_x + o_k[None, :], mask=(o_m < M) & (o_k[None, :] < B), other=0.0)
-        o_r = o_j * B + o_k[:, None] if TRANSPOSE else o_k[:, None] * B + o_j
-        b_z += _product(b_x, tl.load(p_r + o_r, mask=(o_k[:, None] < B) & (o_j < B), other=0.0))
-    mask = (o_m < M) & (o_j < B)
-    p_zs = p_z + o_m * s_z + i_b * B + o_j
+        if TRANSPOSE:
+            b_r = tl.trans(row_tile(p_r, o_j, o_k, o_k < B, B, B, False))
+        else:
+            b_r = row_tile(p_r, o_k, o_j, o_j < B, B, B, p_r.dtype.element_ty == tl.float32)
+        b_z += _product(b_x, b_r)
+    mask = (o_m < M) & (o_j[None, :] < B)
+    p_zs = p_z + o_m * s_z + i_b * B + o_j[None, :]
     if SCALE:
         o_i = tl.program_id(1) * BM + tl.arange(0, BM)
         b_z *= tl.load(p_s + o_i, mask=o_i < M, other=0.0)[:, None]
@@ -220,14 +223,15 @@ def wide_sums_kernel(
     """
     K, s_a, s_b = _eights(K, ALIGNED), _eights(s_a, ALIGNED), _eights(s_b, ALIGNED)
     chunks: tl.constexpr = (B + BC - 1) // BC
+    TURNED: tl.constexpr = p_b.dtype.element_ty == tl.float32
     i_b, i_c = tl.program_id(0) // (chunks * chunks), tl.program_id(0) % (chunks * chunks)
     o_i, o_j = i_c // chunks * BC + tl.arange(0, BC), i_c % chunks * BC + tl.arange(0, BC)
     b_dr = tl.zeros((BC, BC), p_dr.dtype.element_ty)
     begin = tl.program_id(1) * per_split
     for m in range(begin, tl.minimum(begin + per_split, M), BM):
-        o_m = (m + tl.arange(0, BM)).to(tl.int64)[:, None]
-        b_a = tl.load(p_a + o_m * s_a + i_b * B + o_i[None, :], mask=(o_m < M) & (o_i[None, :] < B), other=0.0)
-        b_b = tl.load(p_b + o_m * s_b + i_b * B + o_j[None, :], mask=(o_m < M) & (o_j[None, :] < B), other=0.0)
+        o_m = (m + tl.arange(0, BM)).to(tl.int64)
+        b_a = row_tile(p_a, o_m, i_b * B + o_i, o_i < B, M, s_a, False)
+        b_b = row_tile(p_b, o_m, i_b * B + o_j, o_j < B, M, s_b, TURNED)
         b_dr += dot(b_a, b_b, tl.zeros((BC, BC), b_dr.dtype), True)
     p_dr += (tl.program_id(1) * (K // B) + i_b).to(tl.int64) * (B * B) + o_i[:, None] * B + o_j[None, :]
     tl.store(p_dr, b_dr, mask=(o_i[:, None] < B) & (o_j[None, :] < B))

@@ -11,7 +11,7 @@ Multiplied out, a group's stages are one product of 2 G flops per number on tens
 import triton
 import triton.language as tl
 
-from peftkern.ops.block_rotation.triton_kernels import dot
+from peftkern.ops.block_rotation.triton_kernels import dot, row_tile
 from peftkern.ops.householder.triton_kernels import _eights
 
 
@@ -116,20 +116,21 @@ def blocks_gradient_kernel(
     chunks: tl.constexpr = (G + BC - 1) // BC
     o_i = tl.program_id(2) // chunks * BC + tl.arange(0, BC)[:, None]
     o_l = tl.program_id(2) // chunks * BC + tl.arange(0, BC)[None, :]
-    o_j = tl.program_id(2) % chunks * BC + tl.arange(0, BC)[None, :]
-    o_r = tl.arange(0, BR)[:, None]
+    o_j = tl.program_id(2) % chunks * BC + tl.arange(0, BC)
+    o_r = tl.arange(0, BR)
     per_stage = groups * G * G
     p_v += (s + 1) * per_stage + i_g * (G * G) + o_l
-    p_h += s * per_stage + i_g * (G * G) + o_j
+    p_h += s * per_stage + i_g * (G * G)
     b_dr = tl.zeros((BC, BC), p_dr.dtype.element_ty)
     stored = tl.where(s + 1 < F, G, 0)  # rows of V_(s+1): V_F, the identity, is not
     for k in range(0, G, BR):
-        o_k = k + o_r
-        b_h = tl.load(p_h + o_k * G, mask=(o_k < G) & (o_j < G), other=0.0)
+        b_h = row_tile(p_h, k + o_r, o_j, o_j < G, G, G, p_h.dtype.element_ty == tl.float32)
+        o_k = (k + o_r)[:, None]
         b_v = tl.load(p_v + o_k * G, mask=(o_k < stored) & (o_l < G), other=0.0)
         b_v = tl.where((o_k == o_l) & (o_k >= stored), 1.0, b_v).to(b_h.dtype)
         b_dr += dot(b_v, b_h, tl.zeros((BC, BC), b_dr.dtype), True)
     o_bi, o_from, _ = _place(o_i, s, B)
+    o_j = o_j[None, :]
     o_bj, o_to, _ = _place(o_j, s, B)
     p_dr += (s * groups + i_g) * (G * B) + (o_bi * B + o_from) * B + o_to
     tl.store(p_dr, b_dr, mask=(o_bi == o_bj) & (o_i < G) & (o_j < G))

@@ -95,7 +95,14 @@ def test_rows_stream_past_without_gaps_on_tensor_cores(vm, dtype, b, transpose):
         counts = launch.counts
         if "rotate" in launch.kernel:
             assert sum(v for k, v in counts.flops.items() if k.startswith("tensor")) > 20 * counts.flops["fp32"]
-        assert counts.bank_conflicts == 0, counts.lines("conflicts")
+    triton_launches.no_bank_conflicts(vm.launches)
+
+
+@pytest.mark.parametrize("b", (8, 32, 64))
+def test_blocks_are_made_without_bank_conflicts(vm, b):
+    for op in MAPS:
+        run(op, *arguments(op, torch.float32, 1, 256, 1, b))
+    triton_launches.no_bank_conflicts(vm.launches, sums=("cayley_kernel",))
 
 
 @pytest.mark.parametrize("op", (*MAPS, *ROWS))
@@ -171,3 +178,4 @@ def test_blocks_wider_than_a_panel_are_as_accurate_and_counted(vm, dtype, b, sha
     sizes = {"M": M, "K": K, "N": 1, "b": b, "dtype": dtype, "family": "sm80", "shared": shared}
     stated = [c for op in ("block_rotate", "block_rotate_backward") for c in costs.launches(op, "triton", **sizes)]
     triton_launches.holds(vm.launches, stated)
+    triton_launches.no_bank_conflicts(vm.launches)
