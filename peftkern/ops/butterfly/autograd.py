@@ -121,10 +121,12 @@ def folds(x, weight, bias, scale):
     """Whether `fast` multiplies the scale into the rotated weight, before that is rounded.
 
     Not behind a bias: the gradient of s would come from (y - b) / s, and a small s leave nothing there but the rounding
-    of b. Nor in float16, which has no room for small scales of small weights.
+    of b. Nor in float16, which has no room for small scales of small weights. Nor in a graph that is compiled: it keeps
+    y itself, and cannot tell who will write into it.
     """
-    rotates = blocks.rotates_weight(x.numel(), weight.numel())
-    return rotates and scale is not None and bias is None and x.dtype is not torch.float16
+    if scale is None or bias is not None or x.dtype is torch.float16 or torch.compiler.is_compiling():
+        return False
+    return blocks.rotates_weight(x.numel(), weight.numel())
 
 
 def away_from_zero(scale):
@@ -187,28 +189,23 @@ class FoldedScale(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, scale, s):
         ctx.save_for_backward(y if ctx.needs_input_grad[1] else None, s)
-        ctx.version, ctx.shape = None if torch.compiler.is_compiling() else y._version, scale.shape
-        # An output of its own of the same memory: what is written into it counts as a new version of y, except where a
-        # compiler follows the writing and tells no versions.
-        return y.clone() if torch.compiler.is_compiling() else y.detach()
+        ctx.version, ctx.shape = y._version, scale.shape
+        # An output of its own of the same memory: what is written into it counts as a new version of y.
+        return y.detach()
 
     @staticmethod
     def backward(ctx, dy):
-        kept = _kept(ctx)
-        if not torch.compiler.is_compiling():
-            product = ctx.next_functions[0][0]
-            product.whole = kept is None or torch.is_grad_enabled()
-            if product.whole:
-                return dy, None, None
+        kept, product = _kept(ctx), ctx.next_functions[0][0]
+        product.whole = kept is None or torch.is_grad_enabled()
+        if product.whole:
+            return dy, None, None
         y, s = kept
-        dp, dscale = _backward_ops().scale_outputs_backward(dy, dy if y is None else y, s, None, (True, y is not None))
+        dp, dscale = _ops.scale_outputs_backward(dy, dy if y is None else y, s, None, (True, y is not None))
         return dp, None if y is None else dscale.div_(s).view(ctx.shape), None
 
 
 def _kept(ctx):
     """(y, s), or None where y is not what it was: autograd refuses it then, or hands it out where hooks keep it."""
-    if torch.compiler.is_compiling():
-        return ctx.saved_tensors
     try:
         y, s = ctx.saved_tensors
     except RuntimeError:
