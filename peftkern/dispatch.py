@@ -27,6 +27,10 @@ DISABLED = os.environ.get("PEFTKERN_DISABLE", "0") not in ("", "0")
 _operations = {}
 _chosen_name = None
 
+_TENSORS = {torch.Tensor, torch.nn.Parameter}
+_VALUES = {type(None), bool, int, float, list, tuple}
+_has_storage = torch._C._has_storage  # vmap's tensors have none
+
 
 def _valid_backend(name):
     if name not in BACKENDS:
@@ -65,10 +69,23 @@ class Operation:
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"peftkern::{self.name}", self._run_fake, lib=LIBRARY)
+        self._registered = getattr(torch.ops.peftkern, self.name).default
         _operations[self.name] = self
 
     def __repr__(self):
         return f"<peftkern operation {self.schema}>"
+
+    def __call__(self, *args):
+        """`torch.ops.peftkern.<name>(*args)`, past torch's dispatcher where nobody has to see the call."""
+        if _dispatcher_matters(args):
+            return self._registered(*args)
+        return self._run(*args)
+
+    def unchecked(self, *args):
+        """The same for arguments whose shapes and dtypes another operation or autograd has seen to."""
+        if _dispatcher_matters(args):
+            return self._registered(*args)
+        return self._serve(args)
 
     def _run_fake(self, *args):
         self.check(*args)
@@ -76,6 +93,9 @@ class Operation:
 
     def _run(self, *args):
         self.check(*args)
+        return self._serve(args)
+
+    def _serve(self, args):
         device_type = args[0].device.type
         serve = self._serving.get((device_type, self.key(*args))) or self._first_run
         if torch.is_autocast_enabled(device_type):
@@ -149,6 +169,22 @@ class Operation:
                 ok, reason = module.available()
             rows.append((name, ok, reason or "serves"))
         return rows
+
+
+def _dispatcher_matters(args):
+    """Whether a compiler, a mode, a transform, a profiler or a kind of tensor works through torch's dispatcher."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return True
+    if torch._C._are_functorch_transforms_active() or torch.autograd._profiler_enabled():
+        return True
+    for a in args:
+        kind = type(a)
+        if kind in _TENSORS:
+            if a.is_neg() or a.is_meta or not _has_storage(a):
+                return True
+        elif kind not in _VALUES:
+            return True
+    return False
 
 
 def operations():

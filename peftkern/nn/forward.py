@@ -119,11 +119,11 @@ def cacheable(chain, cache):
 
 
 def _columns(chain, dtype, cache):
-    """`factor_chain`, with None for a T that the product makes on the way (hh.apply_factor)."""
-    if any(gs for _, gs in chain) or cacheable(chain, cache):
-        return factor_chain(chain, dtype, cache)
+    """(V, T, gs): `factor_chain`, or with None for T what the product makes a factor of, by Gram-Schmidt where gs."""
+    if cacheable(chain, cache) or (len(chain) > 1 and any(gs for _, gs in chain)):
+        return *factor_chain(chain, dtype, cache), False
     columns = [u.to(dtype) for u, _ in chain]
-    return columns[0] if len(columns) == 1 else torch.cat(columns, 1), None
+    return columns[0] if len(columns) == 1 else torch.cat(columns, 1), None, chain[0][1]
 
 
 def _autocasting(x):
@@ -180,14 +180,14 @@ def adapted_linear(x, base_layer, chain, precision="auto", cache=None, args=(), 
     weight, _ = readable_weight(base_layer)
     compute = _compute_dtype(x, weight if weight is not None else getattr(base_layer, "weight", None), chain)
     working = torch.float64 if compute is torch.float64 else torch.float32
-    V, T = _columns(chain, working, cache)
+    V, T, gs = _columns(chain, working, cache)
     if weight is not None and not args and not kwargs:
         exact = (precision != "fast" and compute in hh.HALF) or _few_rows(x, compute)
         if exact or compute is torch.float64 or not _autocasting(x):
             bias = _cast(base_layer.bias, compute)
-            return hh.apply_factor_linear(x.to(compute), weight.to(compute), bias, V, T, exact)
+            return hh.apply_factor_linear(x.to(compute), weight.to(compute), bias, V, T, exact, gs)
     rotated = x if _autocasting(x) and working is torch.float32 else x.to(compute)
-    z = hh.apply_factor(rotated, V, T)
+    z = hh.apply_factor(rotated, V, T, gram_schmidt=gs)
     return base_layer(_for_base(z, base_layer), *args, **(kwargs or {}))
 
 

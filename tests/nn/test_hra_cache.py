@@ -26,9 +26,9 @@ def factored(monkeypatch):
         return factor_chain(chain, dtype)
 
     def counting_columns(chain, dtype, cache):
-        V, T = columns(chain, dtype, cache)
+        V, T, gs = columns(chain, dtype, cache)
         calls.extend([chain] if T is None else [])
-        return V, T
+        return V, T, gs
 
     monkeypatch.setattr(forward, "_factor_chain", counting)
     monkeypatch.setattr(forward, "_columns", counting_columns)

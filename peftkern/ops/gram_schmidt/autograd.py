@@ -3,7 +3,7 @@
 import torch
 
 from peftkern.ops import _transforms
-from peftkern.ops.gram_schmidt import reference
+from peftkern.ops.gram_schmidt import contract, reference
 
 
 class OrthonormalFactor(torch.autograd.Function):
@@ -14,7 +14,7 @@ class OrthonormalFactor(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, V):
-        Q, T, B = torch.ops.peftkern.orthonormal_factor(V)
+        Q, T, B = contract.ORTHONORMAL_FACTOR(V)
         ctx.save_for_backward(V, Q, B)
         return Q, T
 
@@ -24,4 +24,4 @@ class OrthonormalFactor(torch.autograd.Function):
         if _transforms.differentiating_twice():
             Q, _, B = reference.orthonormal_factor(V)
             return reference.orthonormal_factor_backward(dQ, dT, Q, B)
-        return torch.ops.peftkern.orthonormal_factor_backward(dQ, dT, Q, B)
+        return contract.ORTHONORMAL_FACTOR_BACKWARD.unchecked(dQ, dT, Q, B)

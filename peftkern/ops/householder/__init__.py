@@ -85,28 +85,34 @@ def compose(factors):
     return V, T
 
 
-def apply_factor(x, V, T=None, reverse=False):
-    """z = x H^T (x H when reversed) for a factor (V, T), without T for that of the columns of V (`factor`).
+def _by_formula(V, T, gram_schmidt):
+    return (V, T) if T is not None else factor(V, V.dtype, gram_schmidt)
+
+
+def apply_factor(x, V, T=None, reverse=False, gram_schmidt=False):
+    """z = x H^T (x H when reversed) for a factor (V, T), without T for `factor` of V with or without `gram_schmidt`.
 
     x [..., K] is float64 exactly when V is. Returns z like x.
     """
     if _transforms.needs_reference():
-        return reference.rotate(x, V, reference.wy_factor(V) if T is None else T, reverse)[0]
-    return autograd.Reflect.apply(x, V, reverse) if T is None else autograd.Rotate.apply(x, V, T, reverse)
+        return reference.rotate(x, *_by_formula(V, T, gram_schmidt), reverse)[0]
+    if T is None:
+        return autograd.Reflect.apply(x, V, reverse, gram_schmidt)
+    return autograd.Rotate.apply(x, V, T, reverse)
 
 
-def apply_factor_linear(x, weight, bias, V, T=None, exact=True):
+def apply_factor_linear(x, weight, bias, V, T=None, exact=True, gram_schmidt=False):
     """y = x H^T W^T + b as `apply_factor`, in one accumulator where `exact`; x and weight share one dtype.
 
     Returns y [..., N].
     """
     if _transforms.needs_reference():
-        T = reference.wy_factor(V) if T is None else T
+        V, T = _by_formula(V, T, gram_schmidt)
         if exact:
             return reference.rotated_linear(x, weight, bias, V, T, False)[0]
         return torch.nn.functional.linear(reference.rotate(x, V, T, False)[0], weight, bias)
     if T is None:
-        return autograd.ReflectedLinear.apply(x, weight, bias, V, exact)
+        return autograd.ReflectedLinear.apply(x, weight, bias, V, exact, gram_schmidt)
     return autograd.RotatedLinear.apply(x, weight, bias, V, T, exact)
 
 

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from peftkern.ops import _scratch, _transforms
+from peftkern.ops.gram_schmidt import contract as gs_contract
+from peftkern.ops.gram_schmidt import reference as gs_reference
 from peftkern.ops.householder import contract, reference
-
-_ops = torch.ops.peftkern
 
 
 class WYFactor(torch.autograd.Function):
@@ -18,7 +18,7 @@ class WYFactor(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, V):
-        T = _ops.wy_factor(V)
+        T = contract.WY_FACTOR(V)
         ctx.save_for_backward(V, T)
         return T
 
@@ -27,7 +27,7 @@ class WYFactor(torch.autograd.Function):
         V, T = ctx.saved_tensors
         if _transforms.differentiating_twice():
             return reference.wy_factor_backward(dT, V, reference.wy_factor(V))
-        return _ops.wy_factor_backward(dT.contiguous(), V, T)
+        return contract.WY_FACTOR_BACKWARD.unchecked(dT.contiguous(), V, T)
 
 
 class WYFactors(torch.autograd.Function):
@@ -37,7 +37,7 @@ class WYFactors(torch.autograd.Function):
     def forward(ctx, *Vs):
         serving = (name for name, ok, _ in contract.WY_FACTOR.explain(Vs[0]) if ok)
         backend, _ = contract.WY_FACTOR.backend(next(serving, "reference"))
-        Ts = backend.factor_many(Vs) if hasattr(backend, "factor_many") else [_ops.wy_factor(V) for V in Vs]
+        Ts = backend.factor_many(Vs) if hasattr(backend, "factor_many") else [contract.WY_FACTOR(V) for V in Vs]
         ctx.save_for_backward(*Vs, *Ts)
         return tuple(Ts)
 
@@ -48,7 +48,9 @@ class WYFactors(torch.autograd.Function):
         if _transforms.differentiating_twice():
             formula = reference.wy_factor_backward
             return tuple(formula(dT, V, reference.wy_factor(V)) for dT, V in zip(dTs, Vs, strict=True))
-        return tuple(_ops.wy_factor_backward(dT.contiguous(), V, T) for dT, V, T in zip(dTs, Vs, Ts, strict=True))
+        return tuple(
+            contract.WY_FACTOR_BACKWARD.unchecked(dT.contiguous(), V, T) for dT, V, T in zip(dTs, Vs, Ts, strict=True)
+        )
 
 
 class Rotate(torch.autograd.Function):
@@ -56,7 +58,7 @@ class Rotate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, V, T, reverse):
-        z, P = _ops.rotate(x, V, T, reverse)
+        z, P = contract.ROTATE(x, V, T, reverse)
         ctx.save_for_backward(x, V, T, P)
         ctx.reverse = reverse
         return z
@@ -73,42 +75,70 @@ def _rotate_backward(dz, x, V, T, P, reverse, needs_input_grad):
         P = reference.project(x, V)
         dx, dV, dT = reference.rotate_backward(dz, x, P, V, T, reverse, mask)
     else:
-        dx, dV, dT = _ops.rotate_backward(dz, x, P, V, T, reverse, mask)
+        dx, dV, dT = contract.ROTATE_BACKWARD.unchecked(dz, x, P, V, T, reverse, mask)
     return dx if mask[0] else None, dV if mask[1] else None, dT if mask[1] else None
 
 
+class _Factor:
+    """The factor of V that a node of the graph makes on its way.
+
+    basis, T: of H = I - basis T basis^T, V itself or, with Gram-Schmidt, an orthonormal basis V mix.
+    """
+
+    def __init__(self, V, basis, T, mix):
+        self.V, self.basis, self.T, self.mix = V, V if basis is None else basis, T, mix
+
+    @classmethod
+    def of(cls, V, gram_schmidt):
+        return cls(V, *gs_contract.ORTHONORMAL_FACTOR(V)) if gram_schmidt else cls(V, None, contract.WY_FACTOR(V), None)
+
+    @property
+    def saved(self):
+        """What a backward needs to have it again: V, basis, T, mix."""
+        return self.V, None if self.mix is None else self.basis, self.T, self.mix
+
+    @classmethod
+    def again(cls, V, basis, T, mix):
+        """From what was saved; as a function of V where the backward is differentiated itself."""
+        if not _transforms.differentiating_twice():
+            return cls(V, basis, T, mix)
+        if mix is None:
+            return cls(V, None, reference.wy_factor(V), None)
+        return cls(V, *gs_reference.orthonormal_factor(V))
+
+    def gradient(self, dbasis, dT):
+        """dV in total: what reached the basis, and what reached V through the factor."""
+        if dbasis is None:
+            return None
+        twice = _transforms.differentiating_twice()
+        if self.mix is not None:
+            backward = gs_contract.ORTHONORMAL_FACTOR_BACKWARD.unchecked
+            backward = gs_reference.orthonormal_factor_backward if twice else backward
+            return backward(dbasis, dT, self.basis, self.mix)
+        if twice:
+            return dbasis + reference.wy_factor_backward(dT, self.V, self.T)
+        return contract.WY_FACTOR_BACKWARD.unchecked(dT, self.V, self.T).add_(dbasis)
+
+
 class Reflect(torch.autograd.Function):
-    """`Rotate` by the factor of V, made on the way: one node of the graph where WYFactor and Rotate are two."""
+    """`Rotate` by the factor of V, made on the way: one node of the graph instead of two."""
 
     @staticmethod
-    def forward(ctx, x, V, reverse):
-        T = _ops.wy_factor(V)
-        z, P = _ops.rotate(x, V, T, reverse)
-        ctx.save_for_backward(x, V, T, P)
+    def forward(ctx, x, V, reverse, gram_schmidt):
+        factor = _Factor.of(V, gram_schmidt)
+        z, P = contract.ROTATE(x, factor.basis, factor.T, reverse)
+        ctx.save_for_backward(x, P, *factor.saved)
         ctx.reverse = reverse
         return z
 
     @staticmethod
     def backward(ctx, dz):
-        x, V, T, P = ctx.saved_tensors
+        x, P, *saved = ctx.saved_tensors
         need_x, need_V = ctx.needs_input_grad[:2]
-        T = _factor_again(V, T)
-        dx, dV, dT = _rotate_backward(dz, x, V, T, P, ctx.reverse, (need_x, need_V, need_V))
-        return dx, _through_factor(dV, dT, V, T), None
-
-
-def _factor_again(V, T):
-    """T as a function of V where the backward is differentiated itself."""
-    return reference.wy_factor(V) if _transforms.differentiating_twice() else T
-
-
-def _through_factor(dV, dT, V, T):
-    """dV in total: what reached V and what reached it through T."""
-    if dV is None:
-        return None
-    if _transforms.differentiating_twice():
-        return dV + reference.wy_factor_backward(dT, V, T)
-    return _ops.wy_factor_backward(dT, V, T).add_(dV)
+        factor = _Factor.again(*saved)
+        needs = need_x, need_V, need_V
+        dx, dV, dT = _rotate_backward(dz, x, factor.basis, factor.T, P, ctx.reverse, needs)
+        return dx, factor.gradient(dV, dT), None, None
 
 
 def _linear_backward(dy, x, weight, V, T, P, B, needs_input_grad):
@@ -122,10 +152,10 @@ def _linear_backward(dy, x, weight, V, T, P, B, needs_input_grad):
             B = reference.project(weight, reference.pairs(V)) if B.shape[0] else B
             dx, dV, dT = reference.rotated_linear_backward(dy, x, weight, P, B, V, T, mask)
         else:
-            dx, dV, dT = _ops.rotated_linear_backward(dy, x, weight, P, B, V, T, mask)
+            dx, dV, dT = contract.ROTATED_LINEAR_BACKWARD.unchecked(dy, x, weight, P, B, V, T, mask)
         dx, dV, dT = dx if need_x else None, dV if need_factor else None, dT if need_factor else None
     if need_weight:
-        rotate = reference.rotate if _transforms.differentiating_twice() else _ops.rotate
+        rotate = reference.rotate if _transforms.differentiating_twice() else contract.ROTATE
         z = rotate(x, V, T, False)[0]
         with _transforms.no_autocast(dy.device.type):
             dweight = dy.reshape(-1, dy.shape[-1]).mT @ z.reshape(-1, z.shape[-1])
@@ -137,8 +167,8 @@ def _linear_backward(dy, x, weight, V, T, P, B, needs_input_grad):
 def _linear(ctx, x, weight, bias, V, T, exact):
     """y, P and B, in one accumulator or through a z that is rounded as a base layer takes it."""
     if exact:
-        return _ops.rotated_linear(x, weight, bias, V, T, any(ctx.needs_input_grad))
-    z, P = _ops.rotate(x, V, T, False)
+        return contract.ROTATED_LINEAR(x, weight, bias, V, T, any(ctx.needs_input_grad))
+    z, P = contract.ROTATE(x, V, T, False)
     with _transforms.no_autocast(x.device.type):
         y = F.linear(z, weight, bias)
     _scratch.give(z)
@@ -165,18 +195,19 @@ class ReflectedLinear(torch.autograd.Function):
     """`RotatedLinear` by the factor of V, made on the way."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, V, exact):
-        T = _ops.wy_factor(V)
-        y, P, B = _linear(ctx, x, weight, bias, V, T, exact)
-        ctx.save_for_backward(x, weight, V, T, P, B)
+    def forward(ctx, x, weight, bias, V, exact, gram_schmidt):
+        factor = _Factor.of(V, gram_schmidt)
+        y, P, B = _linear(ctx, x, weight, bias, factor.basis, factor.T, exact)
+        ctx.save_for_backward(x, weight, P, B, *factor.saved)
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight, V, T, P, B = ctx.saved_tensors
-        T = _factor_again(V, T)
-        *gradients, dV, dT = _linear_backward(dy, x, weight, V, T, P, B, ctx.needs_input_grad[:4])
-        return *gradients, _through_factor(dV, dT, V, T), None
+        x, weight, P, B, *saved = ctx.saved_tensors
+        factor = _Factor.again(*saved)
+        needs = ctx.needs_input_grad[:4]
+        *gradients, dV, dT = _linear_backward(dy, x, weight, factor.basis, factor.T, P, B, needs)
+        return *gradients, factor.gradient(dV, dT), None, None
 
 
 class Project(torch.autograd.Function):
@@ -185,13 +216,15 @@ class Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, V):
         ctx.save_for_backward(x, V)
-        return _ops.project(x, V)
+        return contract.PROJECT(x, V)
 
     @staticmethod
     def backward(ctx, dP):
         x, V = ctx.saved_tensors
         mask = ctx.needs_input_grad
-        backward = reference.project_backward if _transforms.differentiating_twice() else _ops.project_backward
+        backward = (
+            reference.project_backward if _transforms.differentiating_twice() else contract.PROJECT_BACKWARD.unchecked
+        )
         dx, dV = backward(dP, x, V, mask)
         return dx if mask[0] else None, dV if mask[1] else None
 
@@ -203,11 +236,11 @@ class Penalty(torch.autograd.Function):
     def forward(ctx, V, squared):
         ctx.save_for_backward(V)
         ctx.squared = squared
-        return _ops.orthogonality_penalty(V, squared)
+        return contract.PENALTY(V, squared)
 
     @staticmethod
     def backward(ctx, grad):
         (V,) = ctx.saved_tensors
         if _transforms.differentiating_twice():
             return reference.orthogonality_penalty_backward(grad, V, ctx.squared), None
-        return _ops.orthogonality_penalty_backward(grad, V, ctx.squared), None
+        return contract.PENALTY_BACKWARD.unchecked(grad, V, ctx.squared), None
