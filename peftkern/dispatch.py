@@ -12,6 +12,7 @@ import contextlib
 import importlib
 import importlib.util
 import os
+import types
 import warnings
 
 import torch
@@ -26,6 +27,9 @@ DISABLED = os.environ.get("PEFTKERN_DISABLE", "0") not in ("", "0")
 
 _operations = {}
 _chosen_name = None
+
+# Every `Operation` by its name, to be called past torch's dispatcher.
+direct = types.SimpleNamespace()
 
 _TENSORS = {torch.Tensor, torch.nn.Parameter}
 _VALUES = {type(None), bool, int, float, list, tuple}
@@ -71,6 +75,7 @@ class Operation:
         torch.library.register_fake(f"peftkern::{self.name}", self._run_fake, lib=LIBRARY)
         self._registered = getattr(torch.ops.peftkern, self.name).default
         _operations[self.name] = self
+        setattr(direct, self.name, self)
 
     def __repr__(self):
         return f"<peftkern operation {self.schema}>"

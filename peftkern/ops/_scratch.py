@@ -27,13 +27,15 @@ def take(x):
 def give(temporary):
     """Keep the memory of a tensor that its caller made by `take` and will not use again.
 
-    Not where a mode of torch has seen the tensor and may hold it, nor where there are views of it.
+    Not where a mode of torch has seen the tensor, where autograd records, or where something else holds it or a view.
     """
     if torch.compiler.is_compiling() or type(temporary) is not torch.Tensor or not temporary.is_cpu:
         return
-    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+    if torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return
     storage = temporary.untyped_storage()
-    # The tensor and this object are two.
+    # Of the memory the tensor and this object are two holders, of the tensor its Python object is one.
+    if temporary._use_count() > 1:
+        return
     if LEAST <= storage.nbytes() <= MOST and torch._C._storage_Use_Count(storage._cdata) == 2:
         _kept.storage = storage

@@ -12,7 +12,8 @@ from peftkern.ops import _scratch
 @pytest.fixture(autouse=True)
 def nothing_kept():
     _scratch._kept.storage = None
-    yield
+    with torch.no_grad():
+        yield
     _scratch._kept.storage = None
 
 
@@ -48,6 +49,21 @@ def test_a_tensor_with_a_view_is_not_kept():
     _scratch.give(tensor)
     assert _scratch._kept.storage is None
     del view
+
+
+def test_nothing_is_kept_while_autograd_records():
+    with torch.enable_grad():
+        _scratch.give(_take())
+    assert _scratch._kept.storage is None
+
+
+def test_a_tensor_that_a_graph_keeps_is_not_kept():
+    tensor = _take()
+    with torch.enable_grad():
+        product = tensor * torch.ones(256, requires_grad=True)
+    _scratch.give(tensor)
+    assert _scratch._kept.storage is None
+    del product
 
 
 class _Holding(TorchDispatchMode):

@@ -7,10 +7,9 @@ it is taken from the reference formulas, which torch can differentiate again; no
 import torch
 import torch.nn.functional as F
 
-from peftkern.ops import _transforms
+from peftkern.dispatch import direct as _ops
+from peftkern.ops import _scratch, _transforms
 from peftkern.ops.block_rotation import reference
-
-_ops = torch.ops.peftkern
 
 
 def rotates_weight(x_size, weight_size):
@@ -24,9 +23,11 @@ def rotates_weight(x_size, weight_size):
 
 def fast_linear(rotate, x, weight, bias, R):
     """y = (x R) W^T + b with x R or W R^T rounded once; rotate: the operation of R's family. Not differentiable."""
-    if rotates_weight(x.numel(), weight.numel()):
-        return F.linear(x, rotate(weight, R, True), bias)
-    return F.linear(rotate(x, R, False), weight, bias)
+    of_weight = rotates_weight(x.numel(), weight.numel())
+    rotated = rotate(weight, R, True) if of_weight else rotate(x, R, False)
+    y = F.linear(x, rotated, bias) if of_weight else F.linear(rotated, weight, bias)
+    _scratch.give(rotated)
+    return y
 
 
 class SkewPolynomial(torch.autograd.Function):

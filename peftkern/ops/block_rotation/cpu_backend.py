@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from peftkern import _native
+from peftkern.ops import _scratch
 from peftkern.ops._rows import CODES, HALF, add_product, adds_in_one_accumulator, like_rows, rows
 from peftkern.ops.block_rotation import reference
 from peftkern.ops.block_rotation.contract import block_size
@@ -117,7 +118,7 @@ def rotate_backward(dz, x, R, transpose, output_mask, dx=None):
 
 
 def block_rotate(x, R, transpose):
-    return rotate_to(x, R, transpose, like_rows(x))
+    return rotate_to(x, R, transpose, _scratch.take(x))
 
 
 def block_rotate_backward(dz, x, R, transpose, output_mask):

@@ -7,11 +7,10 @@ it is taken from the reference formulas, which torch can differentiate again; no
 import torch
 import torch.nn.functional as F
 
-from peftkern.ops import _transforms
+from peftkern.dispatch import direct as _ops
+from peftkern.ops import _scratch, _transforms
 from peftkern.ops.block_rotation import autograd as blocks
 from peftkern.ops.butterfly import reference
-
-_ops = torch.ops.peftkern
 
 # Scales in the weight are no nearer to 0 (README.md, eq. 9): a product times less would leave bfloat16's range.
 LEAST_SCALE = 2.0**-60
@@ -251,6 +250,7 @@ class DenseRotatedLinear(torch.autograd.Function):
             if dp is not None:
                 needs = need_x, need_weight, False, False, need_R
                 dx, dweight, _, _, dR = _linear_backward(dp, x, weight, None, None, R, needs)
+                _scratch.give(dp)
             dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if need_bias else None
         dscale = None if dscale is None else dscale.view_as(scale)
         dB = None if dR is None else _backward_ops().dense_cayley_backward(dR, R)

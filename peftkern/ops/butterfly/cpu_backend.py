@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from peftkern import _native
+from peftkern.ops import _scratch
 from peftkern.ops._rows import CODES, HALF, like_rows, rows
 from peftkern.ops.block_rotation import cpu_backend as blocks
 from peftkern.ops.butterfly import reference
@@ -62,7 +63,7 @@ def dense_cayley_backward(dR, R):
 
 
 def butterfly_rotate(x, R, transpose):
-    return blocks.rotate_to(x, R, transpose, like_rows(x))
+    return blocks.rotate_to(x, R, transpose, _scratch.take(x))
 
 
 def butterfly_rotate_weight(weight, scale, R):
@@ -95,7 +96,7 @@ def scale_outputs_backward(dy, y, scale, bias, output_mask):
     bias = None if bias is None else bias.contiguous()
     y_rows, stride = rows(y, N)
     dy_rows, dy_stride = rows(dy, N)
-    dy0 = like_rows(y) if want_dy else y.new_empty(0)
+    dy0 = _scratch.take(y) if want_dy else y.new_empty(0)
     dscale = torch.empty_like(scale) if want_scale else scale.new_empty(0)
     if want_dy or want_scale:
         # fmt: off

@@ -7,7 +7,7 @@ Half-precision rows are computed in R's dtype, through all stages, and rounded o
 
 import torch
 
-from peftkern.ops import _cayley
+from peftkern.ops import _cayley, _scratch
 from peftkern.ops._transforms import without_autocast
 from peftkern.ops.block_rotation.reference import linear_of_wide
 
@@ -127,6 +127,8 @@ def linear_backward(scale_backward, rotated_backward, dy, x, weight, scale, p, R
     if not want_dx and not want_dR:
         return x.new_empty(0), dscale, R.new_empty(0)
     dx, dR = rotated_backward(dy, x, weight, R, (want_dx, want_dR))
+    if scale is not None:
+        _scratch.give(dy)
     return dx, dscale, dR
 
 

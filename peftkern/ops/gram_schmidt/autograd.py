@@ -2,8 +2,9 @@
 
 import torch
 
+from peftkern.dispatch import direct as _ops
 from peftkern.ops import _transforms
-from peftkern.ops.gram_schmidt import contract, reference
+from peftkern.ops.gram_schmidt import contract, reference  # noqa: F401  (contract registers the operations)
 
 
 class OrthonormalFactor(torch.autograd.Function):
@@ -14,7 +15,7 @@ class OrthonormalFactor(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, V):
-        Q, T, B = contract.ORTHONORMAL_FACTOR(V)
+        Q, T, B = _ops.orthonormal_factor(V)
         ctx.save_for_backward(V, Q, B)
         return Q, T
 
@@ -24,4 +25,4 @@ class OrthonormalFactor(torch.autograd.Function):
         if _transforms.differentiating_twice():
             Q, _, B = reference.orthonormal_factor(V)
             return reference.orthonormal_factor_backward(dQ, dT, Q, B)
-        return contract.ORTHONORMAL_FACTOR_BACKWARD.unchecked(dQ, dT, Q, B)
+        return _ops.orthonormal_factor_backward.unchecked(dQ, dT, Q, B)

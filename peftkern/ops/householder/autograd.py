@@ -7,8 +7,8 @@ it is taken from the reference formulas, which torch can differentiate again; no
 import torch
 import torch.nn.functional as F
 
+from peftkern.dispatch import direct as _ops
 from peftkern.ops import _scratch, _transforms
-from peftkern.ops.gram_schmidt import contract as gs_contract
 from peftkern.ops.gram_schmidt import reference as gs_reference
 from peftkern.ops.householder import contract, reference
 
@@ -18,7 +18,7 @@ class WYFactor(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, V):
-        T = contract.WY_FACTOR(V)
+        T = _ops.wy_factor(V)
         ctx.save_for_backward(V, T)
         return T
 
@@ -27,7 +27,7 @@ class WYFactor(torch.autograd.Function):
         V, T = ctx.saved_tensors
         if _transforms.differentiating_twice():
             return reference.wy_factor_backward(dT, V, reference.wy_factor(V))
-        return contract.WY_FACTOR_BACKWARD.unchecked(dT.contiguous(), V, T)
+        return _ops.wy_factor_backward.unchecked(dT.contiguous(), V, T)
 
 
 class WYFactors(torch.autograd.Function):
@@ -37,7 +37,7 @@ class WYFactors(torch.autograd.Function):
     def forward(ctx, *Vs):
         serving = (name for name, ok, _ in contract.WY_FACTOR.explain(Vs[0]) if ok)
         backend, _ = contract.WY_FACTOR.backend(next(serving, "reference"))
-        Ts = backend.factor_many(Vs) if hasattr(backend, "factor_many") else [contract.WY_FACTOR(V) for V in Vs]
+        Ts = backend.factor_many(Vs) if hasattr(backend, "factor_many") else [_ops.wy_factor(V) for V in Vs]
         ctx.save_for_backward(*Vs, *Ts)
         return tuple(Ts)
 
@@ -49,7 +49,7 @@ class WYFactors(torch.autograd.Function):
             formula = reference.wy_factor_backward
             return tuple(formula(dT, V, reference.wy_factor(V)) for dT, V in zip(dTs, Vs, strict=True))
         return tuple(
-            contract.WY_FACTOR_BACKWARD.unchecked(dT.contiguous(), V, T) for dT, V, T in zip(dTs, Vs, Ts, strict=True)
+            _ops.wy_factor_backward.unchecked(dT.contiguous(), V, T) for dT, V, T in zip(dTs, Vs, Ts, strict=True)
         )
 
 
@@ -58,7 +58,7 @@ class Rotate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, V, T, reverse):
-        z, P = contract.ROTATE(x, V, T, reverse)
+        z, P = _ops.rotate(x, V, T, reverse)
         ctx.save_for_backward(x, V, T, P)
         ctx.reverse = reverse
         return z
@@ -75,7 +75,7 @@ def _rotate_backward(dz, x, V, T, P, reverse, needs_input_grad):
         P = reference.project(x, V)
         dx, dV, dT = reference.rotate_backward(dz, x, P, V, T, reverse, mask)
     else:
-        dx, dV, dT = contract.ROTATE_BACKWARD.unchecked(dz, x, P, V, T, reverse, mask)
+        dx, dV, dT = _ops.rotate_backward.unchecked(dz, x, P, V, T, reverse, mask)
     return dx if mask[0] else None, dV if mask[1] else None, dT if mask[1] else None
 
 
@@ -90,7 +90,7 @@ class _Factor:
 
     @classmethod
     def of(cls, V, gram_schmidt):
-        return cls(V, *gs_contract.ORTHONORMAL_FACTOR(V)) if gram_schmidt else cls(V, None, contract.WY_FACTOR(V), None)
+        return cls(V, *_ops.orthonormal_factor(V)) if gram_schmidt else cls(V, None, _ops.wy_factor(V), None)
 
     @property
     def saved(self):
@@ -112,12 +112,12 @@ class _Factor:
             return None
         twice = _transforms.differentiating_twice()
         if self.mix is not None:
-            backward = gs_contract.ORTHONORMAL_FACTOR_BACKWARD.unchecked
+            backward = _ops.orthonormal_factor_backward.unchecked
             backward = gs_reference.orthonormal_factor_backward if twice else backward
             return backward(dbasis, dT, self.basis, self.mix)
         if twice:
             return dbasis + reference.wy_factor_backward(dT, self.V, self.T)
-        return contract.WY_FACTOR_BACKWARD.unchecked(dT, self.V, self.T).add_(dbasis)
+        return _ops.wy_factor_backward.unchecked(dT, self.V, self.T).add_(dbasis)
 
 
 class Reflect(torch.autograd.Function):
@@ -126,7 +126,7 @@ class Reflect(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, V, reverse, gram_schmidt):
         factor = _Factor.of(V, gram_schmidt)
-        z, P = contract.ROTATE(x, factor.basis, factor.T, reverse)
+        z, P = _ops.rotate(x, factor.basis, factor.T, reverse)
         ctx.save_for_backward(x, P, *factor.saved)
         ctx.reverse = reverse
         return z
@@ -152,10 +152,10 @@ def _linear_backward(dy, x, weight, V, T, P, B, needs_input_grad):
             B = reference.project(weight, reference.pairs(V)) if B.shape[0] else B
             dx, dV, dT = reference.rotated_linear_backward(dy, x, weight, P, B, V, T, mask)
         else:
-            dx, dV, dT = contract.ROTATED_LINEAR_BACKWARD.unchecked(dy, x, weight, P, B, V, T, mask)
+            dx, dV, dT = _ops.rotated_linear_backward.unchecked(dy, x, weight, P, B, V, T, mask)
         dx, dV, dT = dx if need_x else None, dV if need_factor else None, dT if need_factor else None
     if need_weight:
-        rotate = reference.rotate if _transforms.differentiating_twice() else contract.ROTATE
+        rotate = reference.rotate if _transforms.differentiating_twice() else _ops.rotate
         z = rotate(x, V, T, False)[0]
         with _transforms.no_autocast(dy.device.type):
             dweight = dy.reshape(-1, dy.shape[-1]).mT @ z.reshape(-1, z.shape[-1])
@@ -167,8 +167,8 @@ def _linear_backward(dy, x, weight, V, T, P, B, needs_input_grad):
 def _linear(ctx, x, weight, bias, V, T, exact):
     """y, P and B, in one accumulator or through a z that is rounded as a base layer takes it."""
     if exact:
-        return contract.ROTATED_LINEAR(x, weight, bias, V, T, any(ctx.needs_input_grad))
-    z, P = contract.ROTATE(x, V, T, False)
+        return _ops.rotated_linear(x, weight, bias, V, T, any(ctx.needs_input_grad))
+    z, P = _ops.rotate(x, V, T, False)
     with _transforms.no_autocast(x.device.type):
         y = F.linear(z, weight, bias)
     _scratch.give(z)
@@ -216,14 +216,14 @@ class Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, V):
         ctx.save_for_backward(x, V)
-        return contract.PROJECT(x, V)
+        return _ops.project(x, V)
 
     @staticmethod
     def backward(ctx, dP):
         x, V = ctx.saved_tensors
         mask = ctx.needs_input_grad
         backward = (
-            reference.project_backward if _transforms.differentiating_twice() else contract.PROJECT_BACKWARD.unchecked
+            reference.project_backward if _transforms.differentiating_twice() else _ops.project_backward.unchecked
         )
         dx, dV = backward(dP, x, V, mask)
         return dx if mask[0] else None, dV if mask[1] else None
@@ -236,11 +236,11 @@ class Penalty(torch.autograd.Function):
     def forward(ctx, V, squared):
         ctx.save_for_backward(V)
         ctx.squared = squared
-        return contract.PENALTY(V, squared)
+        return _ops.orthogonality_penalty(V, squared)
 
     @staticmethod
     def backward(ctx, grad):
         (V,) = ctx.saved_tensors
         if _transforms.differentiating_twice():
             return reference.orthogonality_penalty_backward(grad, V, ctx.squared), None
-        return contract.PENALTY_BACKWARD.unchecked(grad, V, ctx.squared), None
+        return _ops.orthogonality_penalty_backward.unchecked(grad, V, ctx.squared), None
