@@ -28,8 +28,8 @@ DISABLED = os.environ.get("PEFTKERN_DISABLE", "0") not in ("", "0")
 _operations = {}
 _chosen_name = None
 
-# Every `Operation` by its name, to be called past torch's dispatcher.
-direct = types.SimpleNamespace()
+# Every operation by its name, to be called past torch's dispatcher; unchecked: `Operation.unchecked`.
+direct, unchecked = types.SimpleNamespace(), types.SimpleNamespace()
 
 _TENSORS = {torch.Tensor, torch.nn.Parameter}
 _VALUES = {type(None), bool, int, float, list, tuple}
@@ -76,6 +76,7 @@ class Operation:
         self._registered = getattr(torch.ops.peftkern, self.name).default
         _operations[self.name] = self
         setattr(direct, self.name, self)
+        setattr(unchecked, self.name, self.unchecked)
 
     def __repr__(self):
         return f"<peftkern operation {self.schema}>"

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from peftkern.dispatch import direct as _ops
+from peftkern.dispatch import unchecked as _unchecked
 from peftkern.ops import _scratch, _transforms
 from peftkern.ops.block_rotation import reference
 
@@ -42,7 +43,7 @@ class SkewPolynomial(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dR):
         (q,) = ctx.saved_tensors
-        backward = reference if _transforms.differentiating_twice() else _ops
+        backward = reference if _transforms.differentiating_twice() else _unchecked
         return backward.skew_polynomial_backward(dR, q, ctx.coefficients), None
 
 
@@ -60,7 +61,7 @@ class SkewCayley(torch.autograd.Function):
         q, R = ctx.saved_tensors
         if _transforms.differentiating_twice():
             return reference.skew_cayley_backward(dR, reference.skew_cayley(q))
-        return _ops.skew_cayley_backward(dR, R)
+        return _unchecked.skew_cayley_backward(dR, R)
 
 
 class BlockRotate(torch.autograd.Function):
@@ -76,7 +77,7 @@ class BlockRotate(torch.autograd.Function):
     def backward(ctx, dz):
         x, R = ctx.saved_tensors
         mask = ctx.needs_input_grad[:2]
-        backward = reference if _transforms.differentiating_twice() else _ops
+        backward = reference if _transforms.differentiating_twice() else _unchecked
         dx, dR = backward.block_rotate_backward(dz, x, R, ctx.transpose, mask)
         return dx if mask[0] else None, dR if mask[1] else None, None
 
@@ -97,7 +98,7 @@ class BlockRotatedLinear(torch.autograd.Function):
 def _linear_backward(dy, x, weight, R, needs_input_grad):
     """dx, dW, db and dR of y = (x R) W^T + b, None where not needed."""
     need_x, need_weight, need_bias, need_R = needs_input_grad
-    ops = reference if _transforms.differentiating_twice() else _ops
+    ops = reference if _transforms.differentiating_twice() else _unchecked
     dx = dR = dweight = dbias = None
     if need_x or need_R:
         dx, dR = ops.block_rotated_linear_backward(dy, x, weight, R, (need_x, need_R))
@@ -131,7 +132,7 @@ class PackedRotatedLinear(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight, q, R = ctx.saved_tensors
         c, twice = ctx.coefficients, _transforms.differentiating_twice()
-        ops = reference if twice else _ops
+        ops = reference if twice else _unchecked
         if twice:
             R = reference.skew_cayley(q) if c is None else reference.skew_polynomial(q, c)
         *gradients, dR = _linear_backward(dy, x, weight, R, ctx.needs_input_grad[:4])

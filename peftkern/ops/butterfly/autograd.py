@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from peftkern.dispatch import direct as _ops
+from peftkern.dispatch import unchecked as _unchecked
 from peftkern.ops import _scratch, _transforms
 from peftkern.ops.block_rotation import autograd as blocks
 from peftkern.ops.butterfly import reference
@@ -17,7 +18,7 @@ LEAST_SCALE = 2.0**-60
 
 
 def _backward_ops():
-    return reference if _transforms.differentiating_twice() else _ops
+    return reference if _transforms.differentiating_twice() else _unchecked
 
 
 class DenseCayley(torch.autograd.Function):
@@ -34,7 +35,7 @@ class DenseCayley(torch.autograd.Function):
         B, R = ctx.saved_tensors
         if _transforms.differentiating_twice():
             return reference.dense_cayley_backward(dR, reference.dense_cayley(B))
-        return _ops.dense_cayley_backward(dR, R)
+        return _unchecked.dense_cayley_backward(dR, R)
 
 
 class ButterflyRotate(torch.autograd.Function):

@@ -3,6 +3,7 @@
 import torch
 
 from peftkern.dispatch import direct as _ops
+from peftkern.dispatch import unchecked as _unchecked
 from peftkern.ops import _transforms
 from peftkern.ops.gram_schmidt import contract, reference  # noqa: F401  (contract registers the operations)
 
@@ -25,4 +26,4 @@ class OrthonormalFactor(torch.autograd.Function):
         if _transforms.differentiating_twice():
             Q, _, B = reference.orthonormal_factor(V)
             return reference.orthonormal_factor_backward(dQ, dT, Q, B)
-        return _ops.orthonormal_factor_backward.unchecked(dQ, dT, Q, B)
+        return _unchecked.orthonormal_factor_backward(dQ, dT, Q, B)

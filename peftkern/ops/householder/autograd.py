@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from peftkern.dispatch import direct as _ops
+from peftkern.dispatch import unchecked as _unchecked
 from peftkern.ops import _scratch, _transforms
 from peftkern.ops.gram_schmidt import reference as gs_reference
 from peftkern.ops.householder import contract, reference
@@ -27,7 +28,7 @@ class WYFactor(torch.autograd.Function):
         V, T = ctx.saved_tensors
         if _transforms.differentiating_twice():
             return reference.wy_factor_backward(dT, V, reference.wy_factor(V))
-        return _ops.wy_factor_backward.unchecked(dT.contiguous(), V, T)
+        return _unchecked.wy_factor_backward(dT.contiguous(), V, T)
 
 
 class WYFactors(torch.autograd.Function):
@@ -48,9 +49,7 @@ class WYFactors(torch.autograd.Function):
         if _transforms.differentiating_twice():
             formula = reference.wy_factor_backward
             return tuple(formula(dT, V, reference.wy_factor(V)) for dT, V in zip(dTs, Vs, strict=True))
-        return tuple(
-            _ops.wy_factor_backward.unchecked(dT.contiguous(), V, T) for dT, V, T in zip(dTs, Vs, Ts, strict=True)
-        )
+        return tuple(_unchecked.wy_factor_backward(dT.contiguous(), V, T) for dT, V, T in zip(dTs, Vs, Ts, strict=True))
 
 
 class Rotate(torch.autograd.Function):
@@ -75,7 +74,7 @@ def _rotate_backward(dz, x, V, T, P, reverse, needs_input_grad):
         P = reference.project(x, V)
         dx, dV, dT = reference.rotate_backward(dz, x, P, V, T, reverse, mask)
     else:
-        dx, dV, dT = _ops.rotate_backward.unchecked(dz, x, P, V, T, reverse, mask)
+        dx, dV, dT = _unchecked.rotate_backward(dz, x, P, V, T, reverse, mask)
     return dx if mask[0] else None, dV if mask[1] else None, dT if mask[1] else None
 
 
@@ -112,12 +111,12 @@ class _Factor:
             return None
         twice = _transforms.differentiating_twice()
         if self.mix is not None:
-            backward = _ops.orthonormal_factor_backward.unchecked
+            backward = _unchecked.orthonormal_factor_backward
             backward = gs_reference.orthonormal_factor_backward if twice else backward
             return backward(dbasis, dT, self.basis, self.mix)
         if twice:
             return dbasis + reference.wy_factor_backward(dT, self.V, self.T)
-        return _ops.wy_factor_backward.unchecked(dT, self.V, self.T).add_(dbasis)
+        return _unchecked.wy_factor_backward(dT, self.V, self.T).add_(dbasis)
 
 
 class Reflect(torch.autograd.Function):
@@ -152,7 +151,7 @@ def _linear_backward(dy, x, weight, V, T, P, B, needs_input_grad):
             B = reference.project(weight, reference.pairs(V)) if B.shape[0] else B
             dx, dV, dT = reference.rotated_linear_backward(dy, x, weight, P, B, V, T, mask)
         else:
-            dx, dV, dT = _ops.rotated_linear_backward.unchecked(dy, x, weight, P, B, V, T, mask)
+            dx, dV, dT = _unchecked.rotated_linear_backward(dy, x, weight, P, B, V, T, mask)
         dx, dV, dT = dx if need_x else None, dV if need_factor else None, dT if need_factor else None
     if need_weight:
         rotate = reference.rotate if _transforms.differentiating_twice() else _ops.rotate
@@ -222,9 +221,7 @@ class Project(torch.autograd.Function):
     def backward(ctx, dP):
         x, V = ctx.saved_tensors
         mask = ctx.needs_input_grad
-        backward = (
-            reference.project_backward if _transforms.differentiating_twice() else _ops.project_backward.unchecked
-        )
+        backward = reference.project_backward if _transforms.differentiating_twice() else _unchecked.project_backward
         dx, dV = backward(dP, x, V, mask)
         return dx if mask[0] else None, dV if mask[1] else None
 
@@ -243,4 +240,4 @@ class Penalty(torch.autograd.Function):
         (V,) = ctx.saved_tensors
         if _transforms.differentiating_twice():
             return reference.orthogonality_penalty_backward(grad, V, ctx.squared), None
-        return _ops.orthogonality_penalty_backward.unchecked(grad, V, ctx.squared), None
+        return _unchecked.orthogonality_penalty_backward(grad, V, ctx.squared), None
