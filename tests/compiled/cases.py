@@ -85,7 +85,7 @@ def _block_cases():
         yield f"{kind}_rotated_linear", "bf16", size, "8192 tokens"
         yield f"{kind}_rotated_linear", "bf16", size, "8 tokens"
         yield f"{kind}_rotated_linear_backward", "bf16", size, "8 tokens"
-    for op in ("scale_outputs", "scale_outputs_backward"):
+    for op in ("butterfly_rotate_weight", "scale_outputs", "scale_outputs_backward"):
         yield from ((op, dtype, "b8 f4", "8192 tokens") for dtype in ("bf16", "fp32"))
 
 
@@ -151,6 +151,7 @@ def _block_arguments(op, dtype, b, f, M):
         "butterfly_rotate_backward": (x, x, B, False, both),
         "butterfly_rotated_linear": (x, W, bias, scale, B),
         "butterfly_rotated_linear_backward": (y, x, W, scale, y, B, [True, *both]),
+        "butterfly_rotate_weight": (W, scale, B),
         "scale_outputs": (y, scale, bias),
         "scale_outputs_backward": (y, y, scale, bias, both),
     }[op]
