@@ -15,11 +15,9 @@ def _group(K, b, f):
 
 
 def _through_stages(K, b, f):
-    """Bytes that rows of K / G matrices [G, G] read on their way through f - 1 stages."""
-    G, groups, P = _group(K, b, f)
-    # R's rows are read by every thread for its columns, four or fewer.
-    of_R = 4 * 128 * min(4, backend.rows_of_group(P) * P // 128)
-    return (f - 1) * b * groups * (4 * G * G + _over(G, backend.rows_of_group(P)) * of_R)
+    """Bytes that rows of K / G matrices [G, G] read on their way through f - 1 stages: of themselves, and of R."""
+    G, groups, _ = _group(K, b, f)
+    return (f - 1) * b * groups * 8 * G * G
 
 
 def _stages(K, b, f):

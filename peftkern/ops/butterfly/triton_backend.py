@@ -71,8 +71,8 @@ def _sizes(R):
 
 
 def rows_of_group(P):
-    """Rows of a group, padded to P columns, that one program takes through the stages."""
-    return min(16, 2048 // P)
+    """Rows of a group, padded to P columns, that one program takes through the stages: four numbers a thread."""
+    return min(16, 512 // P)
 
 
 def warps(P):

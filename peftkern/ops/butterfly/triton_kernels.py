@@ -30,11 +30,12 @@ def _stage(p_in, p_r, s, o_j, B: tl.constexpr, TRANSPOSE: tl.constexpr, mask, b_
     """Rows of a group through stage s; p_in [BR, 1] points at the rows, p_r at the group's blocks of the stage."""
     half: tl.constexpr = B // 2
     o_b, o_c, o_first = _place(o_j, s, B)
-    p_r += o_b * (B * B) + (o_c * B if TRANSPOSE else o_c)
+    # A number of R for each of b_out: of one row, as many threads would load it as Triton's layout has of them.
+    p_r = tl.broadcast_to(p_r + o_b * (B * B) + (o_c * B if TRANSPOSE else o_c), b_out.shape)
     for k in tl.range(0, B, loop_unroll_factor=8 if B % 8 == 0 else 2):
         o_k = o_first + k // half * (half << s) + k % half
         b_in = tl.load(p_in + o_k, mask=mask, other=0.0)
-        b_out += b_in * tl.load(p_r + (k if TRANSPOSE else k * B))
+        b_out += b_in * tl.load(p_r + (k if TRANSPOSE else k * B), mask=mask, other=0.0)
     return b_out
 
 
@@ -44,7 +45,7 @@ def stages_kernel(
 ):
     """V_(F-1), ..., V_0 = D [F, K/G, G, G]: rows of the identity through the stages.
 
-    Launch: (K / G, G / BR). Bytes: R once per BR rows, V written once and read B times from L1. Flops: 2 F K G B.
+    Launch: (K / G, G / BR). Bytes: V written once, V and R read B times from L1. Flops: 2 F K G B.
     """
     i_g = tl.program_id(0).to(tl.int64)
     o_i, o_j = (tl.program_id(1) * BR + tl.arange(0, BR))[:, None], tl.arange(0, P)[None, :]
@@ -82,7 +83,7 @@ def stages_backward_kernel(
 ):
     """H_0 = dD from its `count` partial sums, in their order, and H_1, ..., H_(F-1) [F, K/G, G, G].
 
-    Launch: (K / G, G / BR). Bytes: the partial sums once, R once per BR rows, H once.
+    Launch: (K / G, G / BR). Bytes: the partial sums once, H written once, H and R read B times from L1.
     """
     i_g = tl.program_id(0).to(tl.int64)
     o_i, o_j = (tl.program_id(1) * BR + tl.arange(0, BR))[:, None], tl.arange(0, P)[None, :]

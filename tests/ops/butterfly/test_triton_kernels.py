@@ -74,7 +74,7 @@ def run(op, *args):
 def test_launches_move_and_compute_what_the_costs_say(vm, op, dtype, M, K, N, b, f):
     run(op, *arguments(op, dtype, M, K, N, b, f))
     stated = costs.launches(op, "triton", M=M, K=K, N=N, b=b, f=f, dtype=dtype, family="sm80")
-    triton_launches.holds(vm.launches, stated, repeated=("stages_kernel", "stages_backward_kernel"))
+    triton_launches.holds(vm.launches, stated)
 
 
 @pytest.mark.parametrize("family", ("sm80", "sm90", "sm100"))
