@@ -159,9 +159,9 @@ def adapted_linear(kind, x, base_layer, chain, scale=None, precision="auto", cac
     """y = s (x R_1 R_2 ...) W^T + b.
 
     Args:
-        x: [..., K] floating; base_layer: read where `forward.readable_weight` allows (under autocast where `precision`
-            is "exact" alone), else called with the rotated x. args, kwargs: passed on to the base layer, which then is
-            always called.
+        x: [..., K] floating; base_layer: read where `forward.readable_weight` allows, else called with the rotated x;
+            so too where autocast has to cast x or the weight, unless `precision` is "exact". args, kwargs: passed on to
+            the base layer, which then is always called.
         scale: N numbers of any shape, or None.
         precision: "auto" and "fast" round the rotated x once, as PEFT does, or a weight that is read where it has
             fewer rows; "exact" never.
@@ -173,6 +173,10 @@ def adapted_linear(kind, x, base_layer, chain, scale=None, precision="auto", cac
     weight, _ = forward.readable_weight(base_layer)
     compute = forward._compute_dtype(x, weight if weight is not None else getattr(base_layer, "weight", None), chain)
     autocasting, exact = forward._autocasting(x), precision == "exact" and compute in HALF
+    if autocasting and weight is not None and x.dtype is weight.dtype is compute:
+        # Autocast has nothing to cast.
+        with torch.autocast(x.device.type, enabled=False):
+            return adapted_linear(kind, x, base_layer, chain, scale, precision, cache, args, kwargs)
     reads = weight is not None and not args and not kwargs
     if reads and len(chain) == 1 and not autocasting and not _drops(kind, chain) and _differentiates():
         bias = forward._cast(base_layer.bias, compute)

@@ -399,6 +399,24 @@ def test_more_rows_than_the_weight_has_give_the_same_layer(backend, name, dtype,
         assert oracle.error(layer(x).detach(), seen["y"]) <= 1e-6
 
 
+@pytest.mark.parametrize("rows", (3, 40))
+@pytest.mark.parametrize("precision", ("fast", "exact"))
+@pytest.mark.parametrize("name", ("oft", "boft", "boft one factor"))
+def test_autocast_that_has_nothing_to_cast_changes_no_bit(name, precision, rows):
+    layer = LAYERS[name](dtype=torch.bfloat16, bias=False, precision=precision)
+    x, dy = torch.randn(rows, 24).bfloat16(), torch.randn(rows, 17).bfloat16()
+    outside = gradients(layer, x, dy)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = gradients(layer, x, dy)
+        with torch.no_grad():
+            assert torch.equal(layer(x), outside["y"])
+        # Rotated in float32, and cast by autocast.
+        wide = gradients(layer, x.float(), dy)
+    assert all(torch.equal(inside[key], value) for key, value in outside.items())
+    assert wide["x"].dtype is torch.float32
+    assert_close(wide, true_gradients(layer, x.float(), dy), TOLERANCE[torch.bfloat16])
+
+
 @pytest.mark.parametrize("name", ["oft", "boft"])
 def test_the_cache_of_decoding_is_bitwise_the_layer_and_never_stale(name):
     layer = LAYERS[name]()
