@@ -96,7 +96,7 @@ def test_launches_move_and_compute_what_the_costs_say(vm, op, dtype, M, K, N, r)
         assert x * y * z == launch.blocks
         assert close(counts.global_bytes_read, launch.read), launch.kernel
         assert close(counts.global_bytes_written, launch.written), launch.kernel
-        assert counts.unique_bytes <= 1.4 * launch.unique, launch.kernel
+        assert counts.unique_bytes <= 1.1 * launch.unique, launch.kernel
         for kind, flops in launch.flops.items():
             assert close(counts.flops[kind], flops), f"{launch.kernel}: {kind}"
 
