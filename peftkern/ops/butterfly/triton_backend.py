@@ -71,8 +71,8 @@ def _sizes(R):
 
 
 def rows_of_group(P):
-    """Rows of a group, padded to P columns, that one program takes through the stages: four numbers a thread."""
-    return min(16, 512 // P)
+    """Rows of a group, padded to P columns, that one program takes through the stages: eight numbers a thread."""
+    return min(16, 1024 // P)
 
 
 def warps(P):
