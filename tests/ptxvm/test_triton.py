@@ -326,10 +326,16 @@ def test_every_barrier_that_is_taken_out_of_compiled_code_is_missed(vm):
     ]
     found = [(k.metadata.name, *f) for k, bound, grid in cases for f in without_each_barrier(vm, k, bound, grid)]
     assert len(found) > 20
-    # Triton 3.9 also has barriers that order nothing: a second one behind the same wait, and three in the sort around
-    # exchanges within a warp.
-    redundant = 4 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 0
-    assert len([f for f in found if f[2] is None]) <= redundant, found
+    # Triton 3.9 also has one that orders nothing: its pipelined loop begins with the wait and the barrier that the code
+    # before it and its own body have just passed, and nothing is copied or stored in between.
+    missed = [(name, line) for name, line, error in found if error is None]
+    redundant = 1 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 0
+    assert len(missed) <= redundant, missed
+    code = matmul.asm["ptx"].split("\n")
+    for name, line in missed:
+        begin = max(k for k in range(line) if re.match(r"\$L\w+:", code[k]))
+        since = [text for text in code[begin : line - 1] if re.search(r"cp\.async|\bst\.|bar\.", text)]
+        assert name == "matmul_kernel" and [text.split()[0] for text in since] == ["cp.async.wait_group"], since
 
 
 def test_code_for_newer_tensor_cores_is_refused_by_name():

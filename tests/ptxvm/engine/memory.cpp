@@ -180,9 +180,15 @@ void open(Warp& w, const Op& op, Access& a, Kind kind) {
 
 void store(Warp& w, const Op& op, Access& a, const u8* data) {
   const bool shadow = shadowed(w, a);
+  auto same_value = [&](u32 i) { return std::memcmp(a.host[i], data + i * a.bytes, a.bytes) == 0; };
+  // Against the readers before any lane has written: the second of two lanes that write one value finds it there.
+  if (shadow)
+    each(a.mask, [&](u32 i) {
+      if (!same_value(i)) note(w, op, i, a, Kind::intent, false);
+    });
   each(a.mask, [&](u32 i) {
     const u8* from = data + i * a.bytes;
-    if (shadow) note(w, op, i, a, Kind::write, std::memcmp(a.host[i], from, a.bytes) == 0);
+    if (shadow) note(w, op, i, a, Kind::write, same_value(i));
     std::memcpy(a.host[i], from, a.bytes);
     if (a.space == SHARED) std::memset(w.block->state.data() + a.addr[i], 1, a.bytes);
   });

@@ -3,7 +3,7 @@
 #include "lanes.h"
 
 namespace vm {
-enum class Kind { read, write, atomic };
+enum class Kind { read, write, atomic, intent };
 
 struct Access {
   u32 mask, bytes, align;  // per lane

@@ -49,7 +49,7 @@ struct Where {
   u64 offset;
   u32 bytes;
 };  // range NO_REG: shared memory
-const char* verb(Kind k) { return k == Kind::read ? "read" : k == Kind::write ? "write" : "atomic"; }
+const char* verb(Kind k) { return k == Kind::read ? "read" : k == Kind::atomic ? "atomic" : "write"; }
 
 void touch(Warp& w, Cell& c, u32 op, u32 lane, Kind kind, bool same_value, bool strong, const Where& at) {
   const Launch& l = *w.block->launch;
@@ -62,6 +62,12 @@ void touch(Warp& w, Cell& c, u32 op, u32 lane, Kind kind, bool same_value, bool 
              " by " + name_of(l, warp, other_lane),
          op, other_op);
   };
+  auto check_readers = [&] {
+    for (int k = 0; k < 2; k++)
+      if (!ordered(w, lane, c.read_warp[k], c.read_time[k], c.read_lane[k]))
+        race("read", c.read_warp[k], c.read_lane[k], c.read_op);
+  };
+  if (kind == Kind::intent) return check_readers();
   // The loop around a compare-and-swap begins with a plain read, whose value the swap then checks.
   const bool word_atomics = l.config->word_atomics && at.range != NO_REG;
   const bool both_strong = c.atomic && (strong || (word_atomics && kind == Kind::read));
@@ -84,9 +90,7 @@ void touch(Warp& w, Cell& c, u32 op, u32 lane, Kind kind, bool same_value, bool 
     return;
   }
   if (same_value && kind == Kind::write) return;
-  for (int k = 0; k < 2 && !(word_atomics && kind == Kind::atomic); k++)
-    if (!ordered(w, lane, c.read_warp[k], c.read_time[k], c.read_lane[k]))
-      race("read", c.read_warp[k], c.read_lane[k], c.read_op);
+  if (!(word_atomics && kind == Kind::atomic)) check_readers();
   c.write_time = w.epoch;
   c.write_warp = me;
   c.write_lane = u8(lane);
