@@ -130,7 +130,7 @@ def rotate_to(x, R, transpose, terms, z, stride, step=0, scale=None):
     if b > tiles.PANEL_MOST[x.dtype]:
         BM, BC, warps = tiles.wide(family, x.dtype)
         with _triton.guard(x):
-            _kernels().wide_rotate_kernel[(K // b * _cdiv(b, BC), _cdiv(M, BM))](
+            _kernels().wide_rotate_kernel[(_cdiv(M, BM), K // b * _cdiv(b, BC))](
                 x_rows, R, z, s, M, K, x_stride, stride, step, b, BM, BC, len(R) == 1, transpose, terms, scales,
                 _aligned(K, x_stride, stride), num_warps=warps, num_stages=1,
             )  # fmt: skip

@@ -183,13 +183,13 @@ def wide_rotate_kernel(
 ):  # fmt: skip
     """rotate_kernel for blocks that no panel holds: BC columns of z per program, from all columns of their block.
 
-    Launch: (K / B * B / BC, M / BM). Bytes: x B / BC times, R M / BM times (from L2), z once. Flops: those of a panel.
+    Launch: (M / BM, K / B * B / BC). Bytes: x B / BC times, R M / BM times (from L2), z once. Flops: those of a panel.
     """
     K, s_x, s_z = _eights(K, ALIGNED), _eights(s_x, ALIGNED), _eights(s_z, ALIGNED)
     chunks: tl.constexpr = (B + BC - 1) // BC
-    i_b = tl.program_id(0) // chunks
-    o_m = (tl.program_id(1) * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
-    o_j = tl.program_id(0) % chunks * BC + tl.arange(0, BC)
+    i_b = tl.program_id(1) // chunks
+    o_m = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
+    o_j = tl.program_id(1) % chunks * BC + tl.arange(0, BC)
     p_r += 0 if SHARED else i_b.to(tl.int64) * (B * B)
     p_x += o_m * s_x + i_b * B
     b_z = tl.zeros((BM, BC), p_r.dtype.element_ty)
@@ -204,7 +204,7 @@ def wide_rotate_kernel(
     mask = (o_m < M) & (o_j[None, :] < B)
     p_zs = p_z + o_m * s_z + i_b * B + o_j[None, :]
     if SCALE:
-        o_i = tl.program_id(1) * BM + tl.arange(0, BM)
+        o_i = tl.program_id(0) * BM + tl.arange(0, BM)
         b_z *= tl.load(p_s + o_i, mask=o_i < M, other=0.0)[:, None]
     b_high = b_z.to(p_z.dtype.element_ty)
     tl.store(p_zs, b_high, mask=mask)

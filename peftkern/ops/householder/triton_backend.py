@@ -188,6 +188,8 @@ def _update(y, x, S, R_terms, V_terms, z, partial, per_split, tile):
     """
     (y_rows, y_stride), (rows, stride) = y or x, x
     M, K = R_terms.shape[1], V_terms.shape[1]
+    if partial is None:
+        per_split *= _cdiv(M, per_split * tiles.MOST_PROGRAMS)
     out = z if z is not None else rows
     dV = partial if partial is not None else V_terms.new_empty(0, dtype=_sum_dtype(rows.dtype))
     _kernels().update_kernel[(_cdiv(K, tile.cols), _cdiv(M, per_split))](

@@ -50,7 +50,7 @@ def _times_terms(b_a, p_b, m_b, step, b_acc, A: tl.constexpr, B: tl.constexpr):
     if B > 1:
         b_b1 = tl.load(p_b + step, mask=m_b, other=0.0)
     if B > 2:
-        b_b2 = tl.load(p_b + 2 * step, mask=m_b, other=0.0)
+        b_b2 = tl.load(p_b + step + step, mask=m_b, other=0.0)
     if A > 2:
         b_sum = _dot((b_rest - b_a1.to(tl.float32)).to(ty), b_b0, b_sum)
     if (A > 1) and (B > 2):
@@ -72,9 +72,9 @@ def _terms_times_terms(p_a, m_a, step_a, p_b, m_b, step_b, b_acc, TERMS: tl.cons
         b_a1 = tl.load(p_a + step_a, mask=m_a, other=0.0)
         b_b1 = tl.load(p_b + step_b, mask=m_b, other=0.0)
     if TERMS > 2:
-        b_acc = _dot(tl.load(p_a + 2 * step_a, mask=m_a, other=0.0), b_b0, b_acc)
+        b_acc = _dot(tl.load(p_a + step_a + step_a, mask=m_a, other=0.0), b_b0, b_acc)
         b_acc = _dot(b_a1, b_b1, b_acc)
-        b_acc = _dot(b_a0, tl.load(p_b + 2 * step_b, mask=m_b, other=0.0), b_acc)
+        b_acc = _dot(b_a0, tl.load(p_b + step_b + step_b, mask=m_b, other=0.0), b_acc)
     if TERMS > 1:
         b_acc = _dot(b_a1, b_b0, b_acc)
         b_acc = _dot(b_a0, b_b1, b_acc)

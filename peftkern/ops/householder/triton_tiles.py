@@ -112,6 +112,8 @@ def layers(count):
     return next(n for n in LAYERS if count <= n)
 
 
+# Along the second and third dimension of a launch.
+MOST_PROGRAMS = 65535
 GROUP = 8
 CORE_ROWS = 64
 SPLIT_ROWS = {16: 128, 32: 64, 64: 32, 128: 16}
