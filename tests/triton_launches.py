@@ -5,6 +5,10 @@ from importlib.metadata import version
 import torch
 
 
+def _old():
+    return version("triton").startswith("3.6.")
+
+
 def close(seen, stated):
     return 0.9 * stated <= seen <= 1.1 * stated
 
@@ -20,7 +24,9 @@ def holds(launches, stated):
         assert close(counts.global_bytes_written, launch.written), launch.kernel
         assert counts.unique_bytes <= 1.1 * launch.unique, launch.kernel
         for kind, flops in launch.flops.items():
-            assert close(counts.flops[kind], flops), f"{launch.kernel}: {kind}"
+            # Triton 3.6 has warps repeat each other's rows of a float64 product.
+            repeats = 2 if kind == "tensor_fp64" and _old() else 1
+            assert 0.9 * flops <= counts.flops[kind] <= 1.1 * repeats * flops, f"{launch.kernel}: {kind}"
 
 
 def whole_sectors(launches, names):
@@ -31,13 +37,13 @@ def whole_sectors(launches, names):
             assert 32 * traffic.sectors_read <= 1.1 * traffic.read + 32, f"{launch.kernel}: {name}"
 
 
-def no_bank_conflicts(launches, sums=()):
+def no_bank_conflicts(launches, old=()):
     """No access to shared memory takes more wavefronts than its bytes.
 
-    sums: kernels in which Triton 3.6, not 3.9, lays out a sum over lanes otherwise.
+    old: kernels of which Triton 3.6, not 3.9, lays out a sum over lanes or a float64 product otherwise.
     """
     for launch in launches:
-        if launch.kernel not in sums or not version("triton").startswith("3.6."):
+        if launch.kernel not in old or not _old():
             assert launch.counts.bank_conflicts == 0, f"{launch.kernel}: {launch.counts.lines('conflicts')}"
 
 

@@ -69,7 +69,7 @@ def orthonormal_factor(V):
         for repeat, columns, core, rows in ((False, V, B, programs), (True, Q, second, programs + _cdiv(r, ROWS))):
             kernels.gram_kernel[(splits, side, side)](
                 columns, partial, again, K, r, *columns.stride(), per_split, repeat, tiles.GRAM_ROWS, BR,
-                num_warps=1 if BR == 16 else 4,
+                num_warps=1 if BR == 16 else 4, num_stages=1,
             )  # fmt: skip
             # Fused, two lanes that hold the same sum would round it differently, and which of them writes it is a race.
             kernels.factor_kernel[(1,)](

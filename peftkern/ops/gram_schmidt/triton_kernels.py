@@ -169,8 +169,8 @@ def _multiply_rows(p_in, p_b, p_out, i, rows, r, s_row, s_col, BM: tl.constexpr,
         b_out = tl.zeros((BM, BR), tl.float64)
         for k in range(0, n + BR, BR):
             b_in = tl.load(p_in + o_m * s_row + (k + o_n) * s_col, mask=m_m & (k + o_n < r), other=0.0)
-            b_b = tl.load(p_b + (k + o_b) * r + n + o_n, mask=(k + o_b < r) & (n + o_n < r), other=0.0)
-            b_out = _dot(b_in, b_b, b_out)
+            b_b = tl.load(p_b + (k + o_n) * r + n + o_b, mask=(k + o_n < r) & (n + o_b < r), other=0.0)
+            b_out = _dot(b_in, tl.trans(b_b), b_out)
         tl.store(p_out + o_m * r + n + o_n, b_out.to(p_out.dtype.element_ty), mask=m_m & (n + o_n < r))
         n -= BR
 
@@ -200,16 +200,17 @@ def multiply_kernel(
 def core_gradient_kernel(p_dt, p_b, p_out, r, s_bi, s_bj, R: tl.constexpr, BI: tl.constexpr):
     """M = -2 (dT + dT^T) B^T [r, r]. Launch: R / BI programs, BI rows each. Bytes: dT twice, B once per program."""
     o_i = (tl.program_id(0) * BI + tl.arange(0, BI))[:, None]
-    o_row, o_j = tl.arange(0, BI)[None, :], tl.arange(0, R)[None, :]
+    o_row, o_j = tl.arange(0, BI)[None, :], tl.arange(0, R)[:, None]
     b_m = tl.zeros((BI, R), tl.float64)
     for k in range(0, r, BI):
-        o_k, o_kt = k + o_row, (k + tl.arange(0, BI))[:, None]
+        o_k = k + o_row
         inside = (o_i < r) & (o_k < r)
         b_n = tl.load(p_dt + o_i * r + o_k, mask=inside, other=0.0) + tl.load(
             p_dt + o_k * r + o_i, mask=inside, other=0.0
         )
-        b_bt = tl.load(p_b + o_j * s_bi + o_kt * s_bj, mask=(o_j < r) & (o_kt < r), other=0.0)
-        b_m = _dot(-2.0 * b_n, b_bt, b_m)
+        b_b = tl.load(p_b + o_j * s_bi + o_k * s_bj, mask=(o_j < r) & (o_k < r), other=0.0)
+        b_m = _dot(-2.0 * b_n, tl.trans(b_b), b_m)
+    o_j = tl.arange(0, R)[None, :]
     tl.store(p_out + o_i * r + o_j, b_m, mask=(o_i < r) & (o_j < r))
 
 
@@ -232,6 +233,6 @@ def gradient_kernel(
         b_dv = _dot(b_dq, b_bt, b_dv)
     for k in range(0, r, BR):
         b_q = tl.load(p_q + o_m * s_qk + (k + o_c) * s_qr, mask=m_m & (k + o_c < r), other=0.0)
-        b_m = tl.load(p_m + (k + o_k) * r + o_n, mask=(k + o_k < r) & (o_n < r), other=0.0)
-        b_dv = _dot(b_q, b_m, b_dv)
+        b_m = tl.load(p_m + (k + o_c) * r + n + o_k, mask=(k + o_c < r) & (n + o_k < r), other=0.0)
+        b_dv = _dot(b_q, tl.trans(b_m), b_dv)
     tl.store(p_dv + o_m * r + o_n, b_dv.to(p_dv.dtype.element_ty), mask=m_m & (o_n < r))

@@ -182,7 +182,8 @@ def core_kernel(
         b_p = tl.load(p_p + o_m * s_row + o_i * s_col, mask=m_m & (o_i < r), other=0.0)
         for i in range(1, splits):
             b_p += tl.load(p_p + i * step_p + o_m * s_row + o_i * s_col, mask=m_m & (o_i < r), other=0.0)
-        b_c = _core(p_c, (k + o_k)[:, None], o_j, r, s_i, s_j, PAIR)
+        # A right factor by way of its transpose: as it lies, Triton 3.6 reads it back with bank conflicts.
+        b_c = tl.trans(_core(p_c, (k + o_k)[None, :], o_n[:, None], r, s_i, s_j, PAIR))
         b_s = _dot(b_p.to(tl.float64), b_c, b_s)
     if NEGATE:
         b_s = -b_s
@@ -505,22 +506,22 @@ def gram_gradient_kernel(p_dt, p_t, p_dg, r, R: tl.constexpr, BI: tl.constexpr):
     Launch: R / BI programs, BI rows each. Bytes: dT and T once or twice per program, from L2.
     """
     o_i = (tl.program_id(0) * BI + tl.arange(0, BI))[None, :]
-    o_b, o_cols = tl.arange(0, BI), tl.arange(0, R)[None, :]
+    o_b, o_cols = tl.arange(0, BI), tl.arange(0, R)[:, None]
     b_e = tl.zeros((BI, R), tl.float64)
     for k in range(0, r, BI):
-        o_k = (k + o_b)[:, None]
+        o_k, o_kt = (k + o_b)[:, None], (k + o_b)[None, :]
         b_t = tl.load(p_t + o_k * r + o_i, mask=(o_k < r) & (o_i < r), other=0.0)
-        b_dt = tl.load(p_dt + o_k * r + o_cols, mask=(o_k < r) & (o_cols < r), other=0.0)
-        b_e = _dot(tl.trans(b_t), b_dt, b_e)
+        # Right factors by way of their transposes, as in core_kernel.
+        b_dt = tl.load(p_dt + o_kt * r + o_cols, mask=(o_kt < r) & (o_cols < r), other=0.0)
+        b_e = _dot(tl.trans(b_t), tl.trans(b_dt), b_e)
     o_row = (tl.program_id(0) * BI + o_b)[:, None]
     for j in range(0, r, BI):
+        o_jt, o_k = (j + o_b)[:, None], tl.arange(0, R)[None, :]
+        b_t = tl.load(p_t + o_jt * r + o_k, mask=(o_k < r) & (o_jt < r), other=0.0)
+        b_da = -_dot(b_e, tl.trans(b_t), tl.zeros((BI, BI), tl.float64))
         o_j = (j + o_b)[None, :]
-        o_k = tl.arange(0, R)[:, None]
-        b_tt = tl.load(p_t + o_j * r + o_k, mask=(o_k < r) & (o_j < r), other=0.0)
-        b_da = -_dot(b_e, b_tt, tl.zeros((BI, BI), tl.float64))
-        mask = (o_row <= o_j) & (o_j < r)
-        tl.store(p_dg + o_row * r + o_j, b_da, mask=mask)
-        tl.store(p_dg + o_j * r + o_row, b_da, mask=mask & (o_row < o_j))
+        tl.store(p_dg + o_row * r + o_j, b_da, mask=(o_row <= o_j) & (o_j < r))
+        tl.store(p_dg + o_jt * r + o_i, tl.trans(b_da), mask=(o_i < o_jt) & (o_jt < r))
 
 
 @triton.jit

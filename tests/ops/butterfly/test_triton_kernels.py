@@ -103,7 +103,7 @@ def test_rows_stream_past_without_gaps_on_tensor_cores(vm, dtype, b, f):
         counts = launch.counts
         if "rotate" in launch.kernel:
             assert sum(v for k, v in counts.flops.items() if k.startswith("tensor")) > 20 * counts.flops["fp32"]
-    triton_launches.no_bank_conflicts(vm.launches, sums=("scale_backward_kernel",))
+    triton_launches.no_bank_conflicts(vm.launches, old=("scale_backward_kernel",))
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -4,6 +4,7 @@ import devices
 import ptxvm
 import pytest
 import torch
+import triton_launches
 from device_problem import SHAPES, assert_counts_are_the_formulas, run
 from ptxvm import build
 
@@ -46,3 +47,8 @@ def test_the_second_time_writes_only_where_once_is_not_enough(on_machine):
         launches = on_machine(K, r, torch.float32, long)[1]
         assert [launch.counts.global_bytes_written > 0 for launch in launches[3:6]] == [long] * 3
         assert launches[5].counts.global_bytes_written == long * (4 * K * r + 8 * r * r)
+
+
+@pytest.mark.parametrize("K, r", SHAPES)
+def test_no_kernel_meets_a_bank_conflict(on_machine, K, r):
+    triton_launches.no_bank_conflicts(on_machine(K, r)[1], old=("factor_kernel", "core_gradient_kernel"))

@@ -28,7 +28,7 @@ OPS = (
     "wy_factor", "wy_factor_backward", "rotate", "rotate_backward", "rotated_linear", "rotated_linear_backward",
     "project", "project_backward", "orthogonality_penalty", "orthogonality_penalty_backward",
 )  # fmt: skip
-# Small sums of the r x r algebra, one or two blocks per call: Triton's own layout conversions, at most one in twenty.
+# Where a tile of r x r is stored, outside of loops: Triton's own layout conversion, at most one wavefront in twenty.
 FEW_CONFLICTS = ("gram_gradient_kernel",)
 
 
@@ -73,10 +73,6 @@ def run(op, *args):
     return result if isinstance(result, tuple) else (result,)
 
 
-def close(seen, stated):
-    return 0.9 * stated <= seen <= 1.1 * stated
-
-
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(
     "dtype, M, K, N, r",
@@ -89,16 +85,7 @@ def close(seen, stated):
 def test_launches_move_and_compute_what_the_costs_say(vm, op, dtype, M, K, N, r):
     run(op, *arguments(op, dtype, M, K, N, r))
     stated = costs.launches(op, "triton", M=M, K=K, N=N, r=r, dtype=dtype, family="sm80")
-    stated = [launch for launch in stated if not launch.kernel.startswith("library")]
-    assert [launch.kernel for launch in vm.launches] == [launch.kernel for launch in stated]
-    for seen, launch in zip(vm.launches, stated, strict=True):
-        counts, (x, y, z) = seen.counts, seen.grid
-        assert x * y * z == launch.blocks
-        assert close(counts.global_bytes_read, launch.read), launch.kernel
-        assert close(counts.global_bytes_written, launch.written), launch.kernel
-        assert counts.unique_bytes <= 1.1 * launch.unique, launch.kernel
-        for kind, flops in launch.flops.items():
-            assert close(counts.flops[kind], flops), f"{launch.kernel}: {kind}"
+    triton_launches.holds(vm.launches, stated)
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
@@ -110,7 +97,7 @@ def test_rows_are_read_without_bank_conflicts_or_gaps(vm, op, dtype):
         if launch.kernel in FEW_CONFLICTS:
             assert counts.bank_conflicts <= 0.05 * counts.shared_wavefronts
         else:
-            assert counts.bank_conflicts == 0, counts.lines("conflicts")
+            triton_launches.no_bank_conflicts([launch], old=("wy_factor_kernel", "penalty_kernel", "core_kernel"))
         rows = [name for name in ("p_x", "p_y", "p_dy", "p_w", "p_z", "p_dx") if name in counts.tensors]
         for name in rows if launch.kernel != "core_kernel" else ():
             traffic = counts.tensors[name]
