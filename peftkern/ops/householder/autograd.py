@@ -32,7 +32,7 @@ class WYFactor(torch.autograd.Function):
 
 
 class WYFactors(torch.autograd.Function):
-    """Several V [K, r] of one r -> their T, in one launch for every 64 of them where the CUDA backend serves."""
+    """Several V [K, r] of one r -> their T, in one launch for every 64 of them on a GPU."""
 
     @staticmethod
     def forward(ctx, *Vs):

@@ -14,6 +14,7 @@ from peftkern.ops import _triton
 from peftkern.ops.householder import triton_tiles as tiles
 
 MAX_RANK = 128
+_MOST_OF_A_TERM = 1 << 30  # twice the distance between terms is a 32-bit number (64 bits spill on sm_100)
 
 # The kernels that sum products over lanes run with enable_fp_fusion=False: fused, two lanes that hold the same sum
 # round it differently, and which of them writes it is a race.
@@ -132,6 +133,8 @@ def _core(P, C, terms, pair=False, negate=False, keep=False):
     """Terms of S = P C (float64 inside) for partial sums P [splits, M, r]; with `keep` also their sum, x V."""
     splits, M, r = P.shape
     R = tiles.rank(r)
+    if M * R >= _MOST_OF_A_TERM:
+        raise ValueError(f"triton serves up to {_MOST_OF_A_TERM // R - 1} rows for {r} reflections; this call has {M}")
     BR = min(R, 32)
     S = P.new_empty(terms, M, R, dtype=torch.float64 if P.dtype is torch.float64 else torch.bfloat16)
     total = P.new_empty(M, r) if keep else P

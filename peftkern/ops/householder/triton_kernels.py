@@ -50,7 +50,7 @@ def _times_terms(b_a, p_b, m_b, step, b_acc, A: tl.constexpr, B: tl.constexpr):
     if B > 1:
         b_b1 = tl.load(p_b + step, mask=m_b, other=0.0)
     if B > 2:
-        b_b2 = tl.load(p_b + step + step, mask=m_b, other=0.0)
+        b_b2 = tl.load(p_b + 2 * step, mask=m_b, other=0.0)
     if A > 2:
         b_sum = _dot((b_rest - b_a1.to(tl.float32)).to(ty), b_b0, b_sum)
     if (A > 1) and (B > 2):
