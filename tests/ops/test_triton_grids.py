@@ -10,7 +10,7 @@ from peftkern.ops.block_rotation import triton_backend as block_rotation
 from peftkern.ops.butterfly import triton_backend as butterfly
 from peftkern.ops.householder import triton_backend as householder
 
-ROWS = 2**23
+ROWS = 8_000_000
 
 
 class Grids:
@@ -66,3 +66,9 @@ def test_eight_million_rows_fit_a_launch(grids, dtype):
     assert len(grids.seen) > 40
     for x, *more in grids.seen:
         assert x < 2**31 and all(programs <= 65535 for programs in more)
+
+
+def test_rows_whose_terms_are_too_far_apart_are_refused(grids):
+    x, V, T = empty(2**23, 256), empty(256, 128), empty(128, 128, dtype=torch.float64)
+    with pytest.raises(ValueError, match="up to 8388607 rows for 128 reflections; this call has 8388608"):
+        householder.rotate(x, V, T, False)
