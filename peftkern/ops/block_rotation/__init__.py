@@ -204,7 +204,7 @@ def oft_linear(x, weight, bias, q, terms=5, legacy=False, precision="auto"):
 
 def fast_linear(x, weight, bias, R):
     """`oft_linear` in "fast" precision with R [K / b or 1, b, b] at hand, where nothing is differentiated."""
-    return autograd.fast_linear(torch.ops.peftkern.block_rotate, x, weight, bias, R)
+    return autograd.fast_linear(contract.BLOCK_ROTATE, x, weight, bias, R)
 
 
 def packed_linear(x, weight, bias, q, terms, legacy, exact):

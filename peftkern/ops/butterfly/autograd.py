@@ -200,7 +200,7 @@ class FoldedScale(torch.autograd.Function):
         if product.whole:
             return dy, None, None
         y, s = kept
-        dp, dscale = _ops.scale_outputs_backward(dy, dy if y is None else y, s, None, (True, y is not None))
+        dp, dscale = _unchecked.scale_outputs_backward(dy, dy if y is None else y, s, None, (True, y is not None))
         return dp, None if y is None else dscale.div_(s).view(ctx.shape), None
 
 

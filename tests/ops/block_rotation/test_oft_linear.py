@@ -46,15 +46,19 @@ def gain(y, base, update):
     return (((y.double() - base) * update).sum() / update.square().sum()).item()
 
 
+def updated_by(size, x, weight, q):
+    """(x W^T, what q adds to it) in float64, once q is scaled so that the update is `size` of the output."""
+    base = x.double() @ weight.double().T
+    for _ in range(3):
+        q *= size / ((oracle_blocks.oft(x, weight, None, q, 16) - base).norm() / base.norm()).item()
+    return base, oracle_blocks.oft(x, weight, None, q, 16) - base
+
+
 @pytest.mark.parametrize("size", (3e-4, 1e-3, 1e-2))
 @pytest.mark.parametrize("dtype", HALF)
 def test_exact_keeps_small_updates(backend, dtype, size):
     (x, weight, _, q), _ = problem(384, 128, 512, 16, dtype, size=size)
-    base = x.double() @ weight.double().T
-    for _ in range(3):
-        update = oracle_blocks.oft(x, weight, None, q, 16) - base
-        q *= size / (update.norm() / base.norm()).item()
-    update = oracle_blocks.oft(x, weight, None, q, 16) - base
+    base, update = updated_by(size, x, weight, q)
     assert abs(gain(br.oft_linear(x, weight, None, q, precision="exact"), base, update) - 1) <= 0.06
     wide = br.apply_linear(x.float(), weight, None, br.rotation_blocks(q))
     assert wide.dtype is dtype and abs(gain(wide, base, update) - 1) <= 0.06
@@ -63,9 +67,7 @@ def test_exact_keeps_small_updates(backend, dtype, size):
 def test_fast_loses_small_updates_in_bfloat16(backend):
     """Documented, not wanted: the rotated x is rounded before the product, as PEFT does."""
     (x, weight, _, q), _ = problem(384, 128, 512, 16, torch.bfloat16, size=3e-4)
-    base = x.double() @ weight.double().T
-    q *= 3e-4 / ((oracle_blocks.oft(x, weight, None, q, 16) - base).norm() / base.norm()).item()
-    update = oracle_blocks.oft(x, weight, None, q, 16) - base
+    base, update = updated_by(3e-4, x, weight, q)
     assert gain(br.oft_linear(x, weight, None, q, precision="fast"), base, update) < 0.4
     assert gain(oracle_blocks.peft_oft(x, weight, None, q, 16), base, update) < 0.4
 
@@ -74,10 +76,7 @@ def test_fast_loses_small_updates_in_bfloat16(backend):
 @pytest.mark.parametrize("dtype", HALF)
 def test_a_rotated_weight_keeps_as_much_of_small_updates_as_peft(backend, dtype, size):
     (x, weight, _, q), _ = problem(768, 128, 256, 16, dtype, size=size)
-    base = x.double() @ weight.double().T
-    for _ in range(3):
-        q *= size / ((oracle_blocks.oft(x, weight, None, q, 16) - base).norm() / base.norm()).item()
-    update = oracle_blocks.oft(x, weight, None, q, 16) - base
+    base, update = updated_by(size, x, weight, q)
     theirs = gain(oracle_blocks.peft_oft(x, weight, None, q, 16), base, update)
     # One rounding or the other loses as much, but for which numbers it happens to meet.
     assert gain(br.oft_linear(x, weight, None, q), base, update) >= theirs - 0.02
